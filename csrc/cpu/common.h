@@ -1,0 +1,89 @@
+// Small things that several CPU operators need.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace torch_q4::cpu {
+
+using torch::stable::parallel_for;
+
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// Elements in all dimensions but the last.
+inline int64_t leading(const std::vector<int64_t>& shape) {
+  int64_t count = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) count *= shape[i];
+  return count;
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Blocks as the kernels read them: contiguous, and aligned for the scales inside.
+inline Tensor as_blocks(const Tensor& tensor) {
+  Tensor blocks = as_contiguous(tensor);
+  const auto address = reinterpret_cast<uintptr_t>(blocks.const_data_ptr());
+  return address % alignof(float) == 0 ? blocks : torch::stable::clone(blocks);
+}
+
+// Rows that are worth a thread of their own when each costs `work` operations.
+inline int64_t grain(int64_t work) {
+  constexpr int64_t kWorth = 1 << 15;  // about ten microseconds
+  return work >= kWorth ? 1 : kWorth / (work > 0 ? work : 1);
+}
+
+inline void to_float(const void* from, ScalarType dtype, float* to, int64_t count) {
+  const auto* bits = static_cast<const uint16_t*>(from);
+  if (dtype == ScalarType::Half) return kernels().half_to_float(bits, to, count);
+  if (dtype == ScalarType::BFloat16) return kernels().bfloat16_to_float(bits, to, count);
+  std::memcpy(to, from, count * sizeof(float));
+}
+
+inline void from_float(const float* from, ScalarType dtype, void* to, int64_t count) {
+  auto* bits = static_cast<uint16_t*>(to);
+  if (dtype == ScalarType::Half) return kernels().float_to_half(from, bits, count);
+  if (dtype == ScalarType::BFloat16) return kernels().float_to_bfloat16(from, bits, count);
+  std::memcpy(to, from, count * sizeof(float));
+}
+
+// The tensor as contiguous float32: itself where it is that already.
+inline Tensor as_float(const Tensor& tensor) {
+  const Tensor source = as_contiguous(tensor);
+  if (source.scalar_type() == ScalarType::Float) return source;
+  Tensor result = empty(shape_of(source), ScalarType::Float);
+  const auto* from = static_cast<const char*>(source.const_data_ptr());
+  auto* to = static_cast<float*>(result.mutable_data_ptr());
+  const ScalarType dtype = source.scalar_type();
+  parallel_for(0, source.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+    to_float(from + begin * 2, dtype, to + begin, end - begin);
+  });
+  return result;
+}
+
+// The float32 tensor in `dtype`: itself for float32.
+inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  if (dtype == ScalarType::Float) return tensor;
+  Tensor result = empty(shape_of(tensor), dtype);
+  const auto* from = static_cast<const float*>(tensor.const_data_ptr());
+  auto* to = static_cast<char*>(result.mutable_data_ptr());
+  parallel_for(0, tensor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+    from_float(from + begin, dtype, to + begin * 2, end - begin);
+  });
+  return result;
+}
+
+}  // namespace torch_q4::cpu

@@ -1,0 +1,69 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace torch_q4::cpu {
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+struct Candidate {
+  const Kernels* kernels;
+  bool runs_here;
+};
+
+const Kernels& choose() {
+  const Candidate candidates[] = {// best first
+#if defined(__x86_64__)
+                                  {&kAvx512Kernels, has_avx512()},
+                                  {&kAvx2Kernels, has_avx2()},
+#endif
+                                  {&kGenericKernels, true}};
+  const char* wanted = std::getenv("TORCH_Q4_CPU_ISA");
+  const std::string name = wanted ? wanted : "";
+  std::string known;
+  for (const Candidate& candidate : candidates) {
+    if (name.empty() && candidate.runs_here) return *candidate.kernels;
+    if (name == candidate.kernels->isa) {
+      if (candidate.runs_here) return *candidate.kernels;
+      throw std::runtime_error("TORCH_Q4_CPU_ISA: this CPU must have the instruction set, got " +
+                               name);
+    }
+    known += (known.empty() ? "" : ", ") + std::string(candidate.kernels->isa);
+  }
+  throw std::runtime_error("TORCH_Q4_CPU_ISA: must be one of " + known + ", got " + name);
+}
+
+template <class Format>
+void quantize_row(const float* x, const float* importance, void* blocks, int64_t n) {
+  Format::quantize_row(x, importance, static_cast<typename Format::Block*>(blocks), n);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const QuantizeRow kQuantizeRow[kFormatCount] = {
+#define TORCH_Q4_ENTRY(Format) quantize_row<Format>,
+    TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)
+#undef TORCH_Q4_ENTRY
+};
+
+}  // namespace torch_q4::cpu

@@ -1,0 +1,39 @@
+// Q4_0: 32 elements in 18 bytes, one float16 scale and 4-bit codes.
+#pragma once
+
+#include "../portability.h"
+#include "blocks_of_32.h"
+
+namespace TORCH_Q4_NAMESPACE {
+
+struct Q4_0 {
+  // Layout: ggml-common.h, block_q4_0. Byte i of qs holds element i (low) and i + 16 (high).
+  struct Block {
+    uint16_t d;
+    uint8_t qs[16];
+  };
+  static_assert(sizeof(Block) == 18);
+
+  static constexpr const char* kName = "q4_0";
+  static constexpr int kTypeId = 2;
+  static constexpr int kBlockElems = 32;
+  static constexpr int kGroupElems = 32;
+  static constexpr int kOffset = 8;
+  static constexpr bool kHasShift = false;
+
+  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
+                                          float* /*shifts*/) {
+    scales[0] = half_to_float(block.d);
+    unpack_nibbles(block.qs, codes);
+  }
+
+  static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
+    const auto store = [&](int64_t b, float scale, const uint8_t* codes) {
+      blocks[b].d = float_to_half(scale);
+      pack_nibbles(codes, blocks[b].qs);
+    };
+    quantize_symmetric<8>(x, importance, n, store);
+  }
+};
+
+}  // namespace TORCH_Q4_NAMESPACE

@@ -1,0 +1,42 @@
+// Q4_1: 32 elements in 20 bytes, a float16 scale, a float16 minimum and 4-bit codes.
+#pragma once
+
+#include "../portability.h"
+#include "blocks_of_32.h"
+
+namespace TORCH_Q4_NAMESPACE {
+
+struct Q4_1 {
+  // Layout: ggml-common.h, block_q4_1. Byte i of qs holds element i (low) and i + 16 (high).
+  struct Block {
+    uint16_t d;
+    uint16_t m;
+    uint8_t qs[16];
+  };
+  static_assert(sizeof(Block) == 20);
+
+  static constexpr const char* kName = "q4_1";
+  static constexpr int kTypeId = 3;
+  static constexpr int kBlockElems = 32;
+  static constexpr int kGroupElems = 32;
+  static constexpr int kOffset = 0;
+  static constexpr bool kHasShift = true;
+
+  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
+                                          float* shifts) {
+    scales[0] = half_to_float(block.d);
+    shifts[0] = half_to_float(block.m);
+    unpack_nibbles(block.qs, codes);
+  }
+
+  static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
+    const auto store = [&](int64_t b, const ScaleAndMin& fit, const uint8_t* codes) {
+      blocks[b].d = float_to_half(fit.scale);
+      blocks[b].m = float_to_half(fit.min);
+      pack_nibbles(codes, blocks[b].qs);
+    };
+    quantize_with_min<15>(x, importance, n, store);
+  }
+};
+
+}  // namespace TORCH_Q4_NAMESPACE

@@ -1,0 +1,72 @@
+// Q4_K: 256 elements in 144 bytes, eight groups of 32 with 6-bit scales and minimums.
+#pragma once
+
+#include "../portability.h"
+#include "blocks_of_256.h"
+#include "scales.h"
+
+namespace TORCH_Q4_NAMESPACE {
+
+struct Q4_K {
+  // Layout: ggml-common.h, block_q4_K. Each 32 bytes of qs hold two groups: low nibbles, then high.
+  struct Block {
+    uint16_t d;     // scale of the groups' scales
+    uint16_t dmin;  // scale of the groups' minimums
+    uint8_t scales[12];
+    uint8_t qs[128];
+  };
+  static_assert(sizeof(Block) == 144);
+
+  static constexpr const char* kName = "q4_k";
+  static constexpr int kTypeId = 12;
+  static constexpr int kBlockElems = 256;
+  static constexpr int kGroupElems = 32;
+  static constexpr int kOffset = 0;
+  static constexpr bool kHasShift = true;
+
+  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
+                                          float* shifts) {
+    const float d = half_to_float(block.d);
+    const float dmin = half_to_float(block.dmin);
+    uint8_t group_scale[8], group_min[8];
+    unpack_6bit_pairs(block.scales, group_scale, group_min);
+    for (int g = 0; g < 8; ++g) {
+      scales[g] = d * group_scale[g];
+      shifts[g] = -(dmin * group_min[g]);
+    }
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint8_t* qs = block.qs + 32 * pair;
+      for (int i = 0; i < 32; ++i) codes[64 * pair + i] = qs[i] & 0xF;
+      for (int i = 0; i < 32; ++i) codes[64 * pair + 32 + i] = qs[i] >> 4;
+    }
+  }
+
+  // ggml's own choices for this format. Plain weights are |x| plus the group's root mean square.
+  struct Search {
+    static constexpr int kGroups = 8;
+    static constexpr int kMaxCode = 15;
+    static constexpr int kMaxScale = 63;
+    static constexpr float kVarianceFactor = 2;
+    static constexpr bool kPlainWeightsAddRms = true;
+    static constexpr ErrorNorm kPlainNorm = ErrorNorm::kSquared;
+    static constexpr RangeGrid kPlainGrid = {-1.0f, 0.1f, 20};
+    static constexpr auto pack_scales = pack_6bit_pairs;
+    static constexpr auto unpack_scales = unpack_6bit_pairs;
+  };
+
+  static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
+    for (int64_t start = 0; start < n; start += kBlockElems) {
+      Block& block = blocks[start / kBlockElems];
+      uint8_t codes[256];
+      fit_block_with_mins<Search>(x + start, importance ? importance + start : nullptr, block,
+                                  codes);
+      for (int pair = 0; pair < 4; ++pair) {
+        const uint8_t* in = codes + 64 * pair;
+        uint8_t* qs = block.qs + 32 * pair;
+        for (int i = 0; i < 32; ++i) qs[i] = in[i] | in[i + 32] << 4;
+      }
+    }
+  }
+};
+
+}  // namespace TORCH_Q4_NAMESPACE

@@ -1,0 +1,40 @@
+// Q5_0: 32 elements in 22 bytes, one float16 scale and 5-bit codes.
+#pragma once
+
+#include "../portability.h"
+#include "blocks_of_32.h"
+
+namespace TORCH_Q4_NAMESPACE {
+
+struct Q5_0 {
+  // Layout: ggml-common.h, block_q5_0. For qh and qs see unpack_5bit.
+  struct Block {
+    uint16_t d;
+    uint8_t qh[4];
+    uint8_t qs[16];
+  };
+  static_assert(sizeof(Block) == 22);
+
+  static constexpr const char* kName = "q5_0";
+  static constexpr int kTypeId = 6;
+  static constexpr int kBlockElems = 32;
+  static constexpr int kGroupElems = 32;
+  static constexpr int kOffset = 16;
+  static constexpr bool kHasShift = false;
+
+  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
+                                          float* /*shifts*/) {
+    scales[0] = half_to_float(block.d);
+    unpack_5bit(block.qh, block.qs, codes);
+  }
+
+  static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
+    const auto store = [&](int64_t b, float scale, const uint8_t* codes) {
+      blocks[b].d = float_to_half(scale);
+      pack_5bit(codes, blocks[b].qh, blocks[b].qs);
+    };
+    quantize_symmetric<16>(x, importance, n, store);
+  }
+};
+
+}  // namespace TORCH_Q4_NAMESPACE

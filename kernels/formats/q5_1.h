@@ -1,0 +1,43 @@
+// Q5_1: 32 elements in 24 bytes, a float16 scale, a float16 minimum and 5-bit codes.
+#pragma once
+
+#include "../portability.h"
+#include "blocks_of_32.h"
+
+namespace TORCH_Q4_NAMESPACE {
+
+struct Q5_1 {
+  // Layout: ggml-common.h, block_q5_1. For qh and qs see unpack_5bit.
+  struct Block {
+    uint16_t d;
+    uint16_t m;
+    uint8_t qh[4];
+    uint8_t qs[16];
+  };
+  static_assert(sizeof(Block) == 24);
+
+  static constexpr const char* kName = "q5_1";
+  static constexpr int kTypeId = 7;
+  static constexpr int kBlockElems = 32;
+  static constexpr int kGroupElems = 32;
+  static constexpr int kOffset = 0;
+  static constexpr bool kHasShift = true;
+
+  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
+                                          float* shifts) {
+    scales[0] = half_to_float(block.d);
+    shifts[0] = half_to_float(block.m);
+    unpack_5bit(block.qh, block.qs, codes);
+  }
+
+  static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
+    const auto store = [&](int64_t b, const ScaleAndMin& fit, const uint8_t* codes) {
+      blocks[b].d = float_to_half(fit.scale);
+      blocks[b].m = float_to_half(fit.min);
+      pack_5bit(codes, blocks[b].qh, blocks[b].qs);
+    };
+    quantize_with_min<31>(x, importance, n, store);
+  }
+};
+
+}  // namespace TORCH_Q4_NAMESPACE

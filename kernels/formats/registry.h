@@ -1,0 +1,41 @@
+// Every format that the project knows. A format is a struct with:
+//
+//   Block                    the bytes as they lie in a GGUF file, sizeof asserted
+//   kName, kTypeId           "q4_0" and ggml's type number (negative: not a ggml type)
+//   kBlockElems              elements in a block
+//   kGroupElems              elements that share a scale, 16 or 32
+//   kOffset, kHasShift       value = scale * (code - kOffset) [+ shift, where kHasShift]
+//   unpack(block, codes, scales, shifts)
+//                            kBlockElems unsigned codes in element order, kBlockElems / kGroupElems
+//                            scales and, where kHasShift, as many shifts
+//   quantize_row(x, importance, blocks, n)
+//                            n floats to n / kBlockElems blocks; importance is null or n weights
+//
+// To add one: write its header, name it in TORCH_Q4_FORMATS, add its reference to
+// torch_q4/formats.py. Every kernel and test follows from the list.
+#pragma once
+
+#include "q2_k.h"
+#include "q3_k.h"
+#include "q4_0.h"
+#include "q4_0_f32.h"
+#include "q4_1.h"
+#include "q4_k.h"
+#include "q5_0.h"
+#include "q5_1.h"
+#include "q5_k.h"
+#include "q6_k.h"
+#include "q8_0.h"
+
+#define TORCH_Q4_FORMATS(X) \
+  X(Q4_0)                   \
+  X(Q4_1)                   \
+  X(Q5_0)                   \
+  X(Q5_1)                   \
+  X(Q8_0)                   \
+  X(Q2_K)                   \
+  X(Q3_K)                   \
+  X(Q4_K)                   \
+  X(Q5_K)                   \
+  X(Q6_K)                   \
+  X(Q4_0_F32)

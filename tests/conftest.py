@@ -1,0 +1,61 @@
+"""What several test modules share: the golden vectors, random blocks, the bounds of the errors."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from torch_q4 import formats
+from torch_q4.formats import Format
+
+GOLDEN = Path(__file__).parent / "golden" / "ggml_golden.npz"
+
+ALL_FORMATS = formats.all()
+GGML_FORMATS = [fmt for fmt in ALL_FORMATS if fmt.type_id >= 0]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument ``fmt`` runs for every format, one with ``dtype`` for every dtype."""
+    if "fmt" in metafunc.fixturenames:
+        metafunc.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
+    if "ggml_fmt" in metafunc.fixturenames:
+        metafunc.parametrize("ggml_fmt", GGML_FORMATS, ids=lambda fmt: fmt.name)
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@functools.cache
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as data:
+        return {name.lower(): data[name] for name in data.files}
+
+
+def random_blocks(fmt: Format, rows: int, columns: int) -> Tensor:
+    """Blocks of normally distributed weights: what a model's look like."""
+    import torch_q4
+
+    return torch_q4.quantize(torch.randn(rows, columns), fmt)
+
+
+def dense64(blocks: Tensor, fmt: Format) -> Tensor:
+    """The weights by the reference, in float64."""
+    split = blocks.unflatten(-1, (-1, fmt.block_bytes))
+    return fmt.reference(split).flatten(-2).double()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, any NaN counting as any other."""
+    nan = a.isnan() & b.isnan()
+    return a.dtype == b.dtype and bool(((a.view(torch.int32) == b.view(torch.int32)) | nan).all())

@@ -1,0 +1,285 @@
+// Runs every kernel of one instruction set (TORCH_Q4_CPU_ISA) over golden blocks and over random
+// shapes, and holds it to the definition of a format in registry.h. Built with the sanitizers and
+// without torch; tests/cpp/run.py feeds it the golden blocks.
+//
+// Standard input: any number of [int32 type, int64 bytes, int64 elements, the bytes, their float32
+// values]. With --types it prints the type numbers that it knows. Exit status 1 at the first
+// difference, with its place.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cpu/kernels.h"
+
+namespace {
+
+using namespace torch_q4;
+using torch_q4::cpu::FormatKernels;
+using torch_q4::cpu::Int8Rows;
+using torch_q4::cpu::Kernels;
+using torch_q4::cpu::LinearArgs;
+using torch_q4::cpu::Tile;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "test_kernels: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// A small generator of our own: the same numbers everywhere.
+struct Random {
+  uint64_t state = 0x9E3779B97F4A7C15u;
+  uint32_t bits() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state >> 33);
+  }
+  // Roughly normal: the sum of twelve uniforms, less six.
+  float normal() {
+    float sum = -6.0f;
+    for (int i = 0; i < 12; ++i) sum += static_cast<float>(bits()) * 0x1p-31f;
+    return sum;
+  }
+};
+
+std::vector<float> normals(Random& random, size_t count) {
+  std::vector<float> values(count);
+  for (float& value : values) value = random.normal();
+  return values;
+}
+
+bool same_bits(float a, float b) {
+  return (std::isnan(a) && std::isnan(b)) || float_to_bits(a) == float_to_bits(b);
+}
+
+// The definition in registry.h, one element at a time.
+template <class Format>
+std::vector<float> reference_values(const std::vector<uint8_t>& blocks) {
+  const int64_t count = blocks.size() / sizeof(typename Format::Block);
+  std::vector<float> values;
+  for (int64_t b = 0; b < count; ++b) {
+    typename Format::Block block;
+    std::memcpy(&block, blocks.data() + b * sizeof(block), sizeof(block));
+    uint8_t codes[256];
+    float scales[16], shifts[16];
+    Format::unpack(block, codes, scales, shifts);
+    for (int i = 0; i < Format::kBlockElems; ++i) {
+      const int group = i / Format::kGroupElems;
+      const float product = scales[group] * static_cast<float>(codes[i] - Format::kOffset);
+      values.push_back(Format::kHasShift ? product + shifts[group] : product);
+    }
+  }
+  return values;
+}
+
+struct Problem {
+  int64_t m, n, k;
+};
+
+void expect_close(const std::string& what, const std::vector<float>& got,
+                  const std::vector<double>& wanted, const std::vector<double>& bound) {
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!(std::abs(got[i] - wanted[i]) <= bound[i])) {
+      fail(what + ": element " + std::to_string(i) + " must be " + std::to_string(wanted[i]) +
+           ", got " + std::to_string(got[i]));
+    }
+  }
+}
+
+template <class Format>
+void test_products(const Kernels& kernels, const FormatKernels& kernel, const Problem& p) {
+  Random random;
+  const std::string what = std::string(kernels.isa) + " " + Format::kName + " " +
+                           std::to_string(p.m) + "x" + std::to_string(p.n) + "x" +
+                           std::to_string(p.k);
+  const std::vector<float> dense = normals(random, p.n * p.k);
+  // Exactly as many bytes as there are: the address sanitizer sees every byte past them.
+  std::vector<uint8_t> blocks(p.n * (p.k / Format::kBlockElems) * sizeof(typename Format::Block));
+  for (int64_t row = 0; row < p.n; ++row) {
+    const int64_t bytes = blocks.size() / p.n;
+    std::vector<typename Format::Block> quantized(p.k / Format::kBlockElems);
+    Format::quantize_row(dense.data() + row * p.k, nullptr, quantized.data(), p.k);
+    std::memcpy(blocks.data() + row * bytes, quantized.data(), bytes);
+  }
+  const std::vector<float> w = reference_values<Format>(blocks);
+  const std::vector<float> x = normals(random, p.m * p.k), bias = normals(random, p.n);
+
+  std::vector<double> wanted(p.m * p.n), exact_bound(p.m * p.n), int8_bound(p.m * p.n);
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      double sum = bias[n], magnitude = std::abs(bias[n]), error = 0;
+      for (int64_t group = 0; group < p.k; group += 32) {
+        double largest = 0, weights = 0;
+        for (int64_t k = group; k < group + 32; ++k) {
+          const double product = double{x[m * p.k + k]} * w[n * p.k + k];
+          sum += product;
+          magnitude += std::abs(product);
+          weights += std::abs(w[n * p.k + k]);
+          largest = std::max(largest, std::abs(double{x[m * p.k + k]}));
+        }
+        error += weights * largest / 254;  // half a step of 1/127
+      }
+      wanted[m * p.n + n] = sum;
+      exact_bound[m * p.n + n] = 16 * 0x1p-24 * magnitude;
+      int8_bound[m * p.n + n] = error + 64 * 0x1p-24 * magnitude;
+    }
+  }
+
+  std::vector<float> out(p.m * p.n, NAN);
+  LinearArgs args;
+  args.blocks = blocks.data();
+  args.bias = bias.data();
+  args.out = out.data();
+  args.m = p.m;
+  args.k = p.k;
+  args.n_total = p.n;
+  // In two parts, as two threads would.
+  const auto halves = [&](const auto& body) {
+    args.row_begin = 0;
+    args.row_end = p.n / 2;
+    body();
+    args.row_begin = p.n / 2;
+    args.row_end = p.n;
+    body();
+  };
+  halves([&] { kernel.linear_exact(args, x.data()); });
+  expect_close(what + " exact", out, wanted, exact_bound);
+
+  Int8Rows rows;
+  rows.padded = (p.k + 255) / 256 * 256;
+  std::vector<int8_t> codes(p.m * rows.padded);
+  std::vector<float> scales(p.m * rows.padded / 32), sums16(p.m * rows.padded / 16),
+      sums32(p.m * rows.padded / 32);
+  rows.codes = codes.data();
+  rows.scales = scales.data();
+  rows.sums16 = sums16.data();
+  rows.sums32 = sums32.data();
+  for (int64_t m = 0; m < p.m; ++m) kernels.quantize_int8(x.data() + m * p.k, p.k, m, rows);
+  out.assign(out.size(), NAN);
+  const auto scratch = std::make_unique<Tile[]>(cpu::kInt8Rows * rows.padded / 256);
+  halves([&] { kernel.linear_int8(args, rows, scratch.get()); });
+  expect_close(what + " int8", out, wanted, int8_bound);
+
+  const std::vector<float> grad = normals(random, p.m * p.n);
+  std::vector<float> grad_x(p.m * p.k, NAN);
+  for (int64_t k = 0; k < p.k; k += 256) {
+    kernel.linear_transposed(grad.data(), blocks.data(), p.n, p.k, 0, p.m, k,
+                             std::min(p.k, k + 256), grad_x.data());
+  }
+  std::vector<double> grad_wanted(p.m * p.k), grad_bound(p.m * p.k);
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t k = 0; k < p.k; ++k) {
+      double sum = 0, magnitude = 0;
+      for (int64_t n = 0; n < p.n; ++n) {
+        const double product = double{grad[m * p.n + n]} * w[n * p.k + k];
+        sum += product;
+        magnitude += std::abs(product);
+      }
+      grad_wanted[m * p.k + k] = sum;
+      grad_bound[m * p.k + k] = (p.n + 4) * 0x1p-24 * magnitude;
+    }
+  }
+  expect_close(what + " transposed", grad_x, grad_wanted, grad_bound);
+}
+
+template <class Format>
+void test_format(const Kernels& kernels, const FormatKernels& kernel) {
+  for (const int64_t m : {1, 2, 3, 4, 5, 9}) {
+    for (const int64_t n : {1, 7, 33}) {
+      for (const int64_t k : {256, 512, 1280}) test_products<Format>(kernels, kernel, {m, n, k});
+      if (Format::kBlockElems == 32) {
+        for (const int64_t k : {32, 288, 736}) test_products<Format>(kernels, kernel, {m, n, k});
+      }
+    }
+  }
+  // Values that no search expects must not trip one: infinities, NaN, zeros, subnormals, extremes.
+  const float odd[] = {INFINITY, -INFINITY, NAN,   0.0f,   -0.0f,
+                       1e-42f,   -1e-39f,   3e38f, -3e38f, 1e-5f};
+  for (int kind = 0; kind < 30; ++kind) {
+    Random random;
+    std::vector<float> row = normals(random, 256), weights(256, 1.0f);
+    for (int i = 0; i < 256; ++i) {
+      if (kind < 10 || random.bits() % 4 == 0) row[i] = odd[kind % 10];
+      if (kind >= 20) weights[i] = odd[random.bits() % 10];
+    }
+    std::vector<typename Format::Block> out(256 / Format::kBlockElems);
+    Format::quantize_row(row.data(), nullptr, out.data(), 256);
+    Format::quantize_row(row.data(), weights.data(), out.data(), 256);
+  }
+}
+
+void test_conversions(const Kernels& kernels) {
+  std::vector<uint16_t> halves(65536 + 5), back(halves.size());
+  for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
+  std::vector<float> floats(halves.size());
+  kernels.half_to_float(halves.data(), floats.data(), halves.size());
+  for (size_t i = 0; i < halves.size(); ++i) {
+    if (!same_bits(floats[i], half_to_float(halves[i]))) fail("half_to_float");
+  }
+  kernels.float_to_half(floats.data(), back.data(), floats.size());
+  for (size_t i = 0; i < halves.size(); ++i) {
+    if (!std::isnan(floats[i]) && back[i] != halves[i]) fail("float_to_half");
+  }
+  kernels.bfloat16_to_float(halves.data(), floats.data(), halves.size());
+  kernels.float_to_bfloat16(floats.data(), back.data(), floats.size());
+  for (size_t i = 0; i < halves.size(); ++i) {
+    if (!std::isnan(floats[i]) && back[i] != halves[i]) fail("float_to_bfloat16");
+  }
+}
+
+template <class T>
+bool read(T* to, size_t count) {
+  return std::fread(to, sizeof(T), count, stdin) == count;
+}
+
+// Golden blocks: the kernel's values must be the file's, bit for bit.
+int test_golden(const Kernels& kernels) {
+  int arrays = 0;
+  int32_t type;
+  while (read(&type, 1)) {
+    int64_t bytes = 0, elems = 0;
+    if (!read(&bytes, 1) || !read(&elems, 1)) fail("input ends early");
+    std::vector<uint8_t> blocks(bytes);
+    std::vector<float> wanted(elems), values(elems);
+    if (!read(blocks.data(), bytes) || !read(wanted.data(), elems)) fail("input ends early");
+    bool found = false;
+#define TORCH_Q4_TEST(Format)                                                               \
+  if (type == Format::kTypeId) {                                                            \
+    found = true;                                                                           \
+    kernels.formats[cpu::k##Format##Index].dequantize(blocks.data(), elems, values.data()); \
+  }
+    TORCH_Q4_FORMATS(TORCH_Q4_TEST)
+#undef TORCH_Q4_TEST
+    if (!found) fail("unknown type " + std::to_string(type));
+    for (int64_t i = 0; i < elems; ++i) {
+      if (!same_bits(values[i], wanted[i])) {
+        fail("type " + std::to_string(type) + ": value " + std::to_string(i) + " must be " +
+             std::to_string(wanted[i]) + ", got " + std::to_string(values[i]));
+      }
+    }
+    ++arrays;
+  }
+  return arrays;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "--types") {
+#define TORCH_Q4_TEST(Format) std::printf("%d\n", Format::kTypeId);
+    TORCH_Q4_FORMATS(TORCH_Q4_TEST)
+#undef TORCH_Q4_TEST
+    return 0;
+  }
+  const Kernels& kernels = cpu::kernels();
+  const int arrays = test_golden(kernels);
+  test_conversions(kernels);
+#define TORCH_Q4_TEST(Format) test_format<Format>(kernels, kernels.formats[cpu::k##Format##Index]);
+  TORCH_Q4_FORMATS(TORCH_Q4_TEST)
+#undef TORCH_Q4_TEST
+  std::printf("%s: %d golden arrays and %d formats agree\n", kernels.isa, arrays,
+              static_cast<int>(cpu::kFormatCount));
+  return 0;
+}

@@ -1,0 +1,72 @@
+"""The built library: what it needs of torch, and what the wheel is called."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import torch_q4
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = Path(torch_q4.__file__).parent / "_C.so"
+
+
+def undefined_symbols() -> list[str]:
+    nm = shutil.which("nm")
+    assert nm, "nm comes with the compiler"
+    command = [nm, "--dynamic", "--undefined-only", "--format=just-symbols", str(LIBRARY)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_only_stable_symbols_of_torch() -> None:
+    symbols = undefined_symbols()
+    torch_cpp = [s for s in symbols if re.match(r"_Z.*(2at|3c10|5torch)\d", s)]
+    assert torch_cpp == []
+    assert any(s.startswith("aoti_torch_") for s in symbols), "the check must see torch's symbols"
+
+
+def test_no_python_symbols() -> None:
+    assert [s for s in undefined_symbols() if s.startswith(("Py", "_Py"))] == []
+
+
+def test_needs_no_torch_library_but_libtorch() -> None:
+    command = ["readelf", "--dynamic", str(LIBRARY)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*?)\]", text)
+    assert [n for n in needed if "torch" in n or "c10" in n] == ["libtorch.so"]
+    assert "RUNPATH" not in text
+    assert "RPATH" not in text
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path) -> None:
+    """One wheel for every Python, with the library and the type marker inside, that works."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    source = tmp_path / "source"
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in names.split():  # a copy: the build directory of the checkout stays as it is
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    build = [*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."]
+    subprocess.run(build, cwd=source, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"torch_q4-[\d.]+-py3-none-linux_x86_64\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        members = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    assert {"torch_q4/_C.so", "torch_q4/py.typed", "torch_q4/integrations/__init__.py"} <= members
+    code = (
+        "import torch, torch_q4; print(torch_q4.__file__);"
+        "print(torch_q4.dequantize(torch.zeros(2, 18, dtype=torch.uint8), 'q4_0').sum().item())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=tmp_path / "site", env={"PYTHONPATH": str(tmp_path / "site")},
+    )  # fmt: skip
+    assert result.stdout.split() == [str(tmp_path / "site/torch_q4/__init__.py"), "0.0"]

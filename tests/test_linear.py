@@ -1,0 +1,245 @@
+"""linear against float64, in every format, dtype, shape and arithmetic."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EPS, dense64, random_blocks
+
+import torch_q4
+from torch_q4 import formats
+
+ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 17, 64)
+
+
+def shapes(fmt) -> list[tuple[int, int]]:
+    """(N, K): odd N, and K that is no whole number of 256-element tiles where that can be."""
+    return [(1, 256), (37, 768), (130, 512), (5, 2048)] + (
+        [(33, 32), (7, 736)] if fmt.block_elems == 32 else []
+    )
+
+
+def assert_exact(y, x, blocks, fmt, bias=None) -> None:
+    """The bounds of exact arithmetic.
+
+    In float32 each element's error is at most 4 eps sqrt(K) |x| |w|. In any dtype the whole error
+    is at most twice that of F.linear on the dequantised weight, or of one rounding to the dtype;
+    F.linear's own error over a handful of elements can be zero by luck, so that takes 64.
+    """
+    w = dense64(blocks, fmt)
+    wanted = x.double() @ w.T + (bias.double() if bias is not None else 0)
+    error = (y.double() - wanted).abs()
+    if x.dtype == torch.float32:
+        norms = x.double().norm(dim=-1, keepdim=True) * w.norm(dim=-1)
+        if bias is not None:
+            norms = norms + bias.double().abs()
+        assert bool((error <= 4 * EPS[torch.float32] * x.shape[-1] ** 0.5 * norms).all())
+    if wanted.numel() < 64:
+        return
+    plain = F.linear(x, w.to(x.dtype), bias).double()
+    rounding = 0.5 * EPS[x.dtype] * wanted.norm()
+    assert error.norm() <= 2 * torch.maximum((plain - wanted).norm(), rounding)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_exact(fmt, dtype, with_bias) -> None:
+    for n, k in shapes(fmt):
+        blocks = random_blocks(fmt, n, k)
+        bias = torch.randn(n).to(dtype) if with_bias else None
+        for m in ROWS:
+            x = torch.randn(m, k).to(dtype)
+            y = torch_q4.linear(x, blocks, fmt, bias)
+            assert y.dtype == dtype
+            assert y.shape == (m, n)
+            assert_exact(y, x, blocks, fmt, bias)
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+def test_int8(fmt, dtype, with_bias) -> None:
+    for n, k in shapes(fmt):
+        blocks = random_blocks(fmt, n, k)
+        bias = torch.randn(n).to(dtype) if with_bias else None
+        for m in ROWS:
+            x = torch.randn(m, k).to(dtype)
+            y = torch_q4.linear(x, blocks, fmt, bias, compute="int8")
+            assert y.dtype == dtype
+            assert y.shape == (m, n)
+            product = x.double() @ dense64(blocks, fmt).T
+            wanted = product + (bias.double() if bias is not None else 0)
+            # 1e-4 of the product, and the one rounding to the output's dtype on top.
+            allowed = 1e-2 * product.norm() + EPS[dtype] * wanted.norm()
+            if m * n >= 16:  # a sum over too few outputs has no stable ratio
+                assert (y.double() - wanted).norm() <= allowed
+
+
+def test_int8_is_exact_for_integers(fmt) -> None:
+    """Activations that int8 holds exactly leave only float32 rounding: no systematic error."""
+    blocks = random_blocks(fmt, 29, 512)
+    x = torch.randint(-127, 128, (3, 512)).float()
+    x[:, ::32] = 127
+    y = torch_q4.linear(x, blocks, fmt, compute="int8")
+    w = dense64(blocks, fmt)
+    bound = 64 * EPS[torch.float32] * (x.double().abs() @ w.abs().T)
+    assert bool(((y - x.double() @ w.T).abs() <= bound).all())
+
+
+def test_int8_with_the_largest_codes() -> None:
+    """Every product at its extreme, where 16-bit intermediate sums would saturate."""
+    blocks = torch.zeros(4, 8, 34, dtype=torch.uint8)
+    blocks[..., 1] = 0x3C  # scale 1.0
+    blocks[..., 2:] = torch.tensor([0x80, 0x7F, 0x80, 0x7F], dtype=torch.uint8)[:, None, None]
+    x = torch.tensor([1.0, -1.0]).repeat(2, 128)
+    x[1].fill_(-1.0)
+    y = torch_q4.linear(x, blocks.flatten(1), "q8_0", compute="int8")
+    wanted = x @ torch_q4.dequantize(blocks.flatten(1), "q8_0").T
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_scales_of_activations_do_not_matter(compute) -> None:
+    """float32 sums: neither huge nor tiny activations overflow or vanish."""
+    blocks = random_blocks(formats.get("q4_k"), 16, 256)
+    x = torch.randn(3, 256)
+    y = torch_q4.linear(x, blocks, "q4_k", compute=compute)
+    for power in (-80, -20, 20, 80):
+        scaled = torch_q4.linear(x * 2.0**power, blocks, "q4_k", compute=compute)
+        torch.testing.assert_close(scaled * 2.0**-power, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_non_finite_activations_stay_in_their_row(fmt, compute) -> None:
+    blocks = random_blocks(fmt, 9, 512)
+    x = torch.randn(7, 512)
+    wanted = torch_q4.linear(x, blocks, fmt, compute=compute)
+    x[2, 5] = float("nan")
+    x[4, 300] = float("inf")
+    y = torch_q4.linear(x, blocks, fmt, compute=compute)
+    assert not y[2].isfinite().any()
+    assert not y[4].isfinite().any()
+    rest = [0, 1, 3, 5, 6]
+    torch.testing.assert_close(y[rest], wanted[rest])
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_zero_activations(fmt, compute) -> None:
+    blocks = random_blocks(fmt, 9, 256)
+    assert torch.equal(torch_q4.linear(torch.zeros(2, 256), blocks, fmt, compute=compute),
+                       torch.zeros(2, 9))  # fmt: skip
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_leading_dimensions_and_strides(fmt, compute) -> None:
+    blocks = random_blocks(fmt, 11, 256)
+    x = torch.randn(2, 3, 4, 256)
+
+    def linear(x):
+        return torch_q4.linear(x, blocks, fmt, compute=compute)
+
+    y = linear(x)
+    assert y.shape == (2, 3, 4, 11)
+    assert y.is_contiguous()
+    same = {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(linear(x[0, 0, 0]), y[0, 0, 0], **same)
+    torch.testing.assert_close(linear(x.permute(2, 0, 1, 3)), y.permute(2, 0, 1, 3), **same)
+    torch.testing.assert_close(linear(x[:, ::2]), y[:, ::2], **same)
+    wide = torch.randn(5, 512)
+    torch.testing.assert_close(linear(wide[:, ::2]), linear(wide[:, ::2].contiguous()), **same)
+    torch.testing.assert_close(linear(x[:1, :1].expand(2, 3, 4, 256)), y[:1, :1].expand_as(y))
+    assert linear(x[:0]).shape == (0, 3, 4, 11)
+    assert linear(x[:, :, :0]).shape == (2, 3, 0, 11)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_empty_weights(fmt, compute) -> None:
+    none = torch.empty(0, fmt.row_bytes(256), dtype=torch.uint8)
+    assert torch_q4.linear(torch.randn(3, 256), none, fmt, compute=compute).shape == (3, 0)
+    bias = torch.randn(5)
+    narrow = torch.empty(5, 0, dtype=torch.uint8)
+    y = torch_q4.linear(torch.randn(3, 0), narrow, fmt, bias, compute=compute)
+    assert torch.equal(y, bias.expand(3, 5))
+
+
+def test_blocks_of_any_strides(fmt) -> None:
+    blocks = random_blocks(fmt, 12, 256)
+    x = torch.randn(2, 256)
+    y = torch_q4.linear(x, blocks, fmt)
+    torch.testing.assert_close(torch_q4.linear(x, blocks[::3], fmt), y[:, ::3])
+    odd = torch.empty(blocks.numel() + 1, dtype=torch.uint8)[1:].view_as(blocks).copy_(blocks)
+    assert torch.equal(torch_q4.linear(x, odd, fmt), y)
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_threads_do_not_change_the_result(fmt, compute) -> None:
+    blocks = random_blocks(fmt, 515, 512)
+    threads = torch.get_num_threads()
+    try:
+        for m in (1, 6):
+            x = torch.randn(m, 512)
+            torch.set_num_threads(1)
+            one = torch_q4.linear(x, blocks, fmt, compute=compute)
+            torch.set_num_threads(4)
+            many = torch_q4.linear(x, blocks, fmt, compute=compute)
+            assert torch.equal(one, many)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_transposed(fmt, dtype) -> None:
+    for n, k in shapes(fmt):
+        blocks = random_blocks(fmt, n, k)
+        w = dense64(blocks, fmt)
+        for m in (0, 1, 3, 65, 130):
+            grad = torch.randn(m, n).to(dtype)
+            got = torch.ops.torch_q4.linear_transposed(grad, blocks, fmt.type_id)
+            assert got.dtype == dtype
+            assert got.shape == (m, k)
+            wanted = grad.double() @ w
+            # One rounding to the dtype, and of the sums: their error grows like sqrt(N) at most.
+            rounding = 0.5 * EPS[dtype] * wanted.norm()
+            sums = EPS[torch.float32] * n**0.5 * (grad.double().abs() @ w.abs()).norm()
+            assert (got.double() - wanted).norm() <= rounding + 0.25 * sums
+
+
+def test_matmul_q4_0_takes_both_layouts() -> None:
+    w, x = torch.randn(24, 160), torch.randn(5, 160)
+    for name in ("q4_0", "q4_0_f32"):
+        blocks = torch_q4.quantize(w, name)
+        wanted = torch_q4.linear(x, blocks, name)
+        assert torch.equal(torch_q4.matmul_q4_0(x, blocks, 24, 160), wanted)
+        assert torch.equal(torch_q4.matmul_q4_0(x, blocks.flatten(), 24, 160), wanted)
+
+
+# The whole of this file again on each of the other instruction sets of this CPU: which one is
+# used is decided once in a process.
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa) -> None:
+    if os.environ.get("TORCH_Q4_CPU_ISA"):
+        pytest.skip("this is already such a run")
+    environment = dict(os.environ, TORCH_Q4_CPU_ISA=isa)
+    probe = "import torch_q4; print(torch_q4.cpu_isa())"
+    found = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, env=environment
+    )
+    if "this CPU must have the instruction set" in found.stderr:
+        pytest.skip(f"this CPU lacks {isa}")
+    assert found.stdout.strip() == isa
+    files = ["tests/test_formats.py", "tests/test_linear.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *files]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    environment = dict(os.environ, TORCH_Q4_CPU_ISA="sse9")
+    code = "import torch_q4; torch_q4.cpu_isa()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env=environment)  # fmt: skip
+    assert result.returncode != 0
+    assert "TORCH_Q4_CPU_ISA: must be one of" in result.stderr
+    assert "generic, got sse9" in result.stderr

@@ -1,0 +1,612 @@
+"""Runs GGUF files as Hugging Face transformers models whose weights stay packed.
+
+The model is built from the file's own metadata on the meta device, so no weight is ever allocated;
+then each linear and embedding layer whose tensor is packed is replaced by a module over a view of
+the mapped file. What differs between architectures is one row of ``_ARCHITECTURES``.
+
+The conventions undone here are those of llama.cpp's ``convert_hf_to_gguf.py``: tensor names, the
+order of Llama's query and key rows, Gemma's norm weights (stored plus one), and a tied output layer
+(not stored).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from torch_q4.formats import Format
+from torch_q4.gguf import GGUFFile, GGUFTensor, load_gguf
+from torch_q4.nn import QuantEmbedding, QuantLinear
+
+# Older ones convert GGUF tokenizers wrongly, without a word.
+_TRANSFORMERS = (5, 18)
+try:
+    from transformers import __version__ as _found
+
+    if tuple(int(part) for part in _found.split(".")[:2]) < _TRANSFORMERS:
+        raise ImportError(f"transformers {_found} is too old")
+    from huggingface_hub.errors import StrictDataclassError
+    from tqdm import tqdm
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
+except ImportError as error:
+    raise ImportError(
+        "torch_q4.integrations.transformers needs transformers "
+        f"{'.'.join(map(str, _TRANSFORMERS))} or newer: pip install torch_q4[transformers] "
+        f"({error})"
+    ) from error
+
+__all__ = ["ScaledQuantEmbedding", "load_gguf_model"]
+
+_OP = "load_gguf_model"
+_PAGE = 4096
+
+
+class ScaledQuantEmbedding(QuantEmbedding):
+    """A packed embedding whose rows are multiplied by a constant, as Gemma's are.
+
+    Attributes:
+        embed_scale: the constant, a scalar buffer; 1 until it is set.
+    """
+
+    embed_scale: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("embed_scale", torch.ones((), device="cpu"), persistent=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Maps int64 or int32 ``(...)`` to ``(..., K)``."""
+        rows = super().forward(indices)
+        # Rounded to the rows' dtype first: so the models were trained.
+        return rows * self.embed_scale.to(rows.dtype)
+
+
+# ---- architectures -------------------------------------------------------------------------------
+
+
+class _Metadata:
+    """A file's metadata under its architecture's prefix, checked as it is read."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.tensors = file.tensors
+
+    def key(self, name: str) -> str:
+        return f"{self.file.architecture}.{name}"
+
+    def get(self, name: str) -> Any:
+        return self.file.metadata.get(self.key(name))
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value: Any = self.file.metadata.get(self.key(name), default)
+        if type(value) is not int or value < 1:
+            self.refuse(name, "be a positive integer", value)
+        return int(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value: Any = self.file.metadata.get(self.key(name), default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            self.refuse(name, "be a positive number", value)
+        return float(value)
+
+    def refuse(self, name: str, rule: str, value: object) -> NoReturn:
+        raise ValueError(
+            f"{_OP}: metadata {self.key(name)!r} must {rule}, got {value!r} ({self.file.path})"
+        )
+
+
+def _rope(metadata: _Metadata, default_theta: float) -> dict[str, Any]:
+    """The rotary embedding's base and scaling, in transformers' terms."""
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": metadata.number("rope.freq_base", default_theta),
+    }
+    # Older files have only a factor, which meant linear scaling.
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
+    kind = metadata.get("rope.scaling.type") or "linear"
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return rope
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    if kind != "yarn":
+        metadata.refuse("rope.scaling.type", "be none, linear or yarn", kind)
+    rope |= {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": metadata.integer(
+            "rope.scaling.original_context_length"
+        ),
+    }
+    for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        if metadata.get(f"rope.scaling.{theirs}") is not None:
+            rope[ours] = metadata.number(f"rope.scaling.{theirs}")
+    if metadata.get("rope.scaling.attn_factor") is not None:
+        # ggml's multiplies yarn's own factor, transformers' replaces it.
+        own = 0.1 * math.log(factor) + 1
+        rope["attention_factor"] = own * metadata.number("rope.scaling.attn_factor")
+    return rope
+
+
+def _base_config(metadata: _Metadata) -> dict[str, Any]:
+    """What every architecture's configuration has."""
+    experts = metadata.get("expert_count")
+    if experts:
+        metadata.refuse("expert_count", "be absent (no mixture of experts)", experts)
+    hidden = metadata.integer("embedding_length")
+    heads = metadata.integer("attention.head_count")
+    head_dim = metadata.integer("attention.key_length", hidden // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if metadata.integer(name, head_dim) != head_dim:
+            metadata.refuse(name, f"equal the head dimension, {head_dim}", metadata.get(name))
+    if head_dim % 2:
+        metadata.refuse("attention.key_length", "be even", head_dim)
+    kv_heads = metadata.integer("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        metadata.refuse("attention.head_count", f"be a multiple of {kv_heads}", heads)
+    # The layers are made before they are compared with the file's tensors, so a wrong count must
+    # not get that far.
+    layers = metadata.integer("block_count")
+    stored = {name.split(".")[1] for name in metadata.tensors if name.startswith("blk.")}
+    if layers != len(stored):
+        metadata.refuse("block_count", f"be the number of layers, {len(stored)}", layers)
+    embedding = metadata.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError(
+            f"{_OP}: the file must have a tensor 'token_embd.weight', got none "
+            f"({metadata.file.path})"
+        )
+    return {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": metadata.integer("context_length"),
+        "tie_word_embeddings": "output.weight" not in metadata.tensors,
+    }
+
+
+def _llama_config(metadata: _Metadata) -> dict[str, Any]:
+    return {
+        "rope_parameters": _rope(metadata, 10_000.0),
+        "attention_bias": "blk.0.attn_q.bias" in metadata.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in metadata.tensors,
+    }
+
+
+def _qwen2_config(metadata: _Metadata) -> dict[str, Any]:
+    return {"rope_parameters": _rope(metadata, 10_000.0)}
+
+
+def _qwen3_config(metadata: _Metadata) -> dict[str, Any]:
+    return {
+        "rope_parameters": _rope(metadata, 1_000_000.0),
+        "attention_bias": "blk.0.attn_q.bias" in metadata.tensors,
+    }
+
+
+def _gemma3_config(metadata: _Metadata) -> dict[str, Any]:
+    layers = metadata.integer("block_count")
+    # Written by some converters only; the published models all have five local layers, then a
+    # global one.
+    pattern = metadata.get("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        if len(pattern) != layers:
+            metadata.refuse("attention.sliding_window_pattern", f"have {layers} entries", pattern)
+        local = [bool(entry) for entry in pattern]
+    else:
+        period = metadata.integer("attention.sliding_window_pattern", 6)
+        local = [(layer + 1) % period != 0 for layer in range(layers)]
+    # The file does not say how queries are scaled. llama.cpp knows the 27B model, the only one
+    # that does not use the head dimension, by its number of layers.
+    heads = metadata.integer("attention.head_count")
+    hidden = metadata.integer("embedding_length")
+    head_dim = metadata.integer("attention.key_length", hidden // heads)
+    config = {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in local],
+        "query_pre_attn_scalar": hidden // heads if layers == 62 else head_dim,
+        "rope_parameters": {
+            "full_attention": _rope(metadata, 1_000_000.0),
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": metadata.number("rope.freq_base_swa", 10_000.0),
+            },
+        },
+    }
+    if metadata.get("final_logit_softcapping"):
+        config["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
+    return config
+
+
+# Names of modules: the file's, to transformers'. "{}" is the layer's number.
+_LAYER = "model.layers.{}."
+_DECODER = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.{}.attn_norm": _LAYER + "input_layernorm",
+    "blk.{}.attn_q": _LAYER + "self_attn.q_proj",
+    "blk.{}.attn_k": _LAYER + "self_attn.k_proj",
+    "blk.{}.attn_v": _LAYER + "self_attn.v_proj",
+    "blk.{}.attn_output": _LAYER + "self_attn.o_proj",
+    "blk.{}.ffn_norm": _LAYER + "post_attention_layernorm",
+    "blk.{}.ffn_gate": _LAYER + "mlp.gate_proj",
+    "blk.{}.ffn_up": _LAYER + "mlp.up_proj",
+    "blk.{}.ffn_down": _LAYER + "mlp.down_proj",
+}
+_QK_NORMS = {
+    "blk.{}.attn_q_norm": _LAYER + "self_attn.q_norm",
+    "blk.{}.attn_k_norm": _LAYER + "self_attn.k_norm",
+}
+_GEMMA3_NORMS = {
+    "blk.{}.post_attention_norm": _LAYER + "post_attention_layernorm",
+    "blk.{}.ffn_norm": _LAYER + "pre_feedforward_layernorm",
+    "blk.{}.post_ffw_norm": _LAYER + "post_feedforward_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+    """How a GGUF architecture becomes a transformers model.
+
+    Attributes:
+        model_type: transformers' name of the model.
+        config: metadata to the configuration's own part.
+        names: the file's module names to transformers'.
+        norm_offset: what the file's norm weights have been increased by.
+        embedding_scaled: embedding rows are multiplied by the square root of their length.
+        rotary_pairs: the rows of queries and keys lie so that a rotary pair is adjacent, where
+            transformers has the pair's halves in the two halves of a head.
+        float16: activations stay within float16's range.
+    """
+
+    model_type: str
+    config: Callable[[_Metadata], dict[str, Any]]
+    names: dict[str, str]
+    norm_offset: float = 0.0
+    embedding_scaled: bool = False
+    rotary_pairs: bool = False
+    float16: bool = True
+
+
+_ARCHITECTURES = {
+    "gemma3": _Architecture(
+        "gemma3_text",
+        _gemma3_config,
+        _DECODER | _QK_NORMS | _GEMMA3_NORMS,
+        norm_offset=1.0,
+        embedding_scaled=True,
+        float16=False,  # the 270M model's hidden states reach 1e5, and float16 ends at 65504
+    ),
+    "llama": _Architecture("llama", _llama_config, _DECODER, rotary_pairs=True),
+    "qwen2": _Architecture("qwen2", _qwen2_config, _DECODER),
+    "qwen3": _Architecture("qwen3", _qwen3_config, _DECODER | _QK_NORMS),
+}
+# Llama 3's long-context scaling: divisors of the rotary frequencies, float32 (head_dim / 2,).
+_ROPE_FREQS = "rope_freqs.weight"
+# ``tokenizer.ggml.pre`` of Llama 3's vocabularies.
+_PRE_LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def load_gguf_model(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    compute: str = "exact",
+    progress: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Builds a transformers model and its tokenizer from a GGUF file.
+
+    Packed tensors stay packed: their layers become :class:`torch_q4.QuantLinear` and
+    :class:`torch_q4.QuantEmbedding`. On the CPU their weights are views of the mapped file (Llama's
+    query and key rows, which have to be reordered, are the only copies), so loading needs no
+    memory of its own for them. A tied output layer shares the embedding's parameter.
+
+    Args:
+        path: a ``.gguf`` file of one of the architectures gemma3, llama, qwen2, qwen3.
+        dtype: the dtype of activations and of what is not packed: float32, bfloat16 or float16
+            (not for gemma3, whose activations exceed its range).
+        device: where the model shall be.
+        compute: the arithmetic of the packed layers, see :func:`torch_q4.linear`.
+        progress: whether to show a progress bar on stderr.
+
+    Returns:
+        The model, in eval mode, with a generation config that stops at the file's end-of-text
+        tokens; and the tokenizer, or None where the file has none.
+
+    Raises:
+        OSError: the file cannot be opened.
+        GGUFError: it is no readable GGUF file, see :func:`torch_q4.load_gguf`.
+        ValueError: an architecture that is not supported, metadata that is missing or wrong, or
+            tensors that are missing, unknown or of a wrong shape.
+    """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{_OP}: dtype must be float32, float16 or bfloat16, got {dtype}")
+    if compute not in ("exact", "int8"):
+        raise ValueError(f"{_OP}: compute must be exact or int8, got {compute}")
+    file = load_gguf(path)
+    architecture = _ARCHITECTURES.get(file.architecture or "")
+    if architecture is None:
+        raise ValueError(
+            f"{_OP}: the architecture must be one of {', '.join(_ARCHITECTURES)}, "
+            f"got {file.architecture!r} ({file.path})"
+        )
+    if dtype == torch.float16 and not architecture.float16:
+        raise ValueError(
+            f"{_OP}: dtype must be bfloat16 or float32 for {file.architecture}, whose activations "
+            f"exceed float16's range, got {dtype} ({file.path})"
+        )
+    config = _config(file, architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _Loader(file, architecture, model, dtype, torch.device(device), compute, progress).load()
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        # Batches need some padding, and generate() warns where none is set.
+        pad_token_id=file.metadata.get(
+            "tokenizer.ggml.padding_token_id", file.metadata.get("tokenizer.ggml.eos_token_id")
+        ),
+    )
+    return model.eval(), _tokenizer(file)
+
+
+def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
+    metadata = _Metadata(file)
+    base = _base_config(metadata)
+    tokens: dict[str, int | None] = {}
+    for name in ("bos", "eos", "eot", "eom", "padding"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        tokens[name] = token = file.metadata.get(key)
+        if token is not None and not (type(token) is int and 0 <= token < base["vocab_size"]):
+            raise ValueError(
+                f"{_OP}: metadata {key!r} must be a token, below {base['vocab_size']}, "
+                f"got {token!r} ({file.path})"
+            )
+    # Chat models end a turn with another token than a text.
+    ends = {tokens[name]: None for name in ("eos", "eot", "eom") if tokens[name] is not None}
+    try:
+        return AutoConfig.for_model(
+            architecture.model_type,
+            **base,
+            **architecture.config(metadata),
+            bos_token_id=tokens["bos"],
+            eos_token_id=list(ends) if len(ends) > 1 else next(iter(ends), None),
+            pad_token_id=tokens["padding"],
+        )
+    except StrictDataclassError as error:  # transformers' own rules, and no ValueError
+        raise ValueError(
+            f"{_OP}: metadata must suit {architecture.model_type}, got: {error} ({file.path})"
+        ) from error
+
+
+class _Loader:
+    """Fills a model that is on the meta device with a file's tensors."""
+
+    def __init__(
+        self,
+        file: GGUFFile,
+        architecture: _Architecture,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        device: torch.device,
+        compute: str,
+        progress: bool,
+    ) -> None:
+        self.file = file
+        self.architecture = architecture
+        self.model = model
+        self.config = model.config
+        self.dtype = dtype
+        self.device = device
+        self.compute = compute
+        self.progress = progress
+
+    def load(self) -> None:
+        self.check()
+        self.done = 0
+        self.bar = tqdm(
+            total=sum(tensor.nbytes for tensor in self.file.tensors.values()),
+            unit="B",
+            unit_scale=True,
+            desc=os.path.basename(self.file.path),
+            disable=not self.progress,
+        )
+        with self.bar:
+            for name in dict.fromkeys(name.rpartition(".")[0] for name in self.parameters()):
+                self.load_module(name)
+            self.fill_buffers()
+        if self.config.tie_word_embeddings:
+            self.tie()
+        everything = [*self.model.named_parameters(), *self.model.named_buffers()]
+        left = [name for name, value in everything if value.is_meta]
+        if left:
+            raise RuntimeError(
+                f"{_OP}: every parameter and buffer must be filled, got none: {left}"
+            )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that the file must have, by transformers' name."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if self.config.tie_word_embeddings:
+            parameters.pop("lm_head.weight", None)
+        return parameters
+
+    def file_name(self, name: str) -> str:
+        """The file's name of a parameter."""
+        module, _, leaf = name.rpartition(".")
+        layer = re.search(r"\.layers\.(\d+)\.", module)
+        if layer:
+            module = module.replace(layer[0], ".layers.{}.", 1)
+        stems = {ours: theirs for theirs, ours in self.architecture.names.items()}
+        return f"{stems[module]}.{leaf}".replace("{}", layer[1] if layer else "")
+
+    def check(self) -> None:
+        """Compares the file's tensors with the model's parameters, before anything is loaded."""
+        wanted = {self.file_name(name): value for name, value in self.parameters().items()}
+        special = {_ROPE_FREQS} if self.architecture.rotary_pairs else set()
+        missing = [name for name in wanted if name not in self.file.tensors]
+        unknown = [name for name in self.file.tensors if name not in wanted.keys() | special]
+        if missing or unknown:
+            self.refuse(
+                f"the tensors must be those of {self.file.architecture}",
+                f"{_some(missing)} missing and {_some(unknown)} unknown",
+            )
+        for name, parameter in wanted.items():
+            shape = self.file.tensors[name].shape
+            if shape != tuple(parameter.shape):
+                self.refuse(f"tensor {name!r} must have shape {tuple(parameter.shape)}", shape)
+
+    def refuse(self, rule: str, value: object) -> NoReturn:
+        raise ValueError(f"{_OP}: {rule}, got {value} ({self.file.path})")
+
+    def load_module(self, name: str) -> None:
+        module = self.model.get_submodule(name)
+        weight = self.file.tensors[self.file_name(f"{name}.weight")]
+        values = self.reordered(name, self.read(weight))
+        bias: nn.Parameter | None = None
+        if getattr(module, "bias", None) is not None:
+            stored = self.file.tensors[self.file_name(f"{name}.bias")]
+            self.read(stored)
+            bias = self.plain(self.reordered(name, stored.dequantize(torch.float32)))
+
+        if weight.format is not None and isinstance(module, nn.Linear):
+            blocks = values.to(self.device)
+            packed = QuantLinear.from_blocks(blocks, weight.format, bias, compute=self.compute)
+            self.model.set_submodule(name, packed)
+        elif weight.format is not None and isinstance(module, nn.Embedding):
+            self.model.set_submodule(name, self.embedding(values, weight.format, module))
+        else:
+            # A norm, or a layer that the file's author left in floating point.
+            if weight.format is not None:
+                values = weight.dequantize()
+            offset = self.architecture.norm_offset
+            if offset and not isinstance(module, (nn.Linear, nn.Embedding)):
+                # In float32: near one, half precision has few bits left for what is learnt.
+                values = values.float() - offset
+            module.weight = self.plain(values)
+            if bias is not None:
+                module.bias = bias
+
+    def embedding(self, blocks: Tensor, fmt: Format, module: nn.Embedding) -> QuantEmbedding:
+        blocks = blocks.to(self.device)
+        if not self.architecture.embedding_scaled:
+            return QuantEmbedding.from_blocks(blocks, fmt, self.dtype, module.padding_idx)
+        packed = ScaledQuantEmbedding.from_blocks(blocks, fmt, self.dtype, module.padding_idx)
+        packed.embed_scale = self.embedding_scale()
+        return packed
+
+    def embedding_scale(self) -> Tensor:
+        return torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype, device=self.device)
+
+    def read(self, tensor: GGUFTensor) -> Tensor:
+        """The tensor's view, its pages read from disk, so that the bar shows what takes time."""
+        data = tensor.data
+        data.reshape(-1).view(torch.uint8)[::_PAGE].sum()
+        self.done += 1
+        self.bar.set_postfix_str(f"{self.done}/{len(self.file.tensors)} tensors", refresh=False)
+        self.bar.update(tensor.nbytes)
+        return data
+
+    def plain(self, values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.to(device=self.device, dtype=self.dtype))
+
+    def reordered(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a layer in transformers' order; blocks never cross rows, so they can move."""
+        if not self.architecture.rotary_pairs or not name.endswith(("q_proj", "k_proj")):
+            return rows
+        # Within a head, from (pair, half) to (half, pair).
+        paired = rows.reshape(-1, self.config.head_dim // 2, 2, *rows.shape[1:])
+        return paired.transpose(1, 2).reshape(rows.shape)
+
+    def tie(self) -> None:
+        """Lets the output layer use the embedding's very parameter."""
+        embedding = self.model.get_input_embeddings()
+        weight = embedding.weight
+        if isinstance(embedding, QuantEmbedding):
+            head = QuantLinear.from_blocks(weight, embedding.format, compute=self.compute)
+            self.model.set_output_embeddings(head)
+        else:
+            self.model.get_output_embeddings().weight = weight
+
+    def fill_buffers(self) -> None:
+        """Computes the buffers that the modules had computed on the meta device."""
+        divisors: Tensor | None = None
+        if _ROPE_FREQS in self.file.tensors:
+            stored = self.file.tensors[_ROPE_FREQS]
+            if stored.shape != (self.config.head_dim // 2,):
+                rule = f"tensor {_ROPE_FREQS!r} must have shape ({self.config.head_dim // 2},)"
+                self.refuse(rule, stored.shape)
+            self.read(stored)
+            divisors = stored.dequantize()
+        for module in self.model.modules():
+            lost = [name for name, value in module.named_buffers(recurse=False) if value.is_meta]
+            if not lost:
+                continue
+            if lost == ["embed_scale"]:
+                module.embed_scale = self.embedding_scale()
+            elif "RotaryEmbedding" in type(module).__name__:
+                with torch.device("cpu"):
+                    fresh = dict(type(module)(self.config).named_buffers(recurse=False))
+                for name in lost:
+                    frequencies = fresh[name] if divisors is None else fresh[name] / divisors
+                    setattr(module, name, frequencies.to(self.device))
+
+
+def _some(names: list[str]) -> str:
+    """A few names and how many there are."""
+    if not names:
+        return "none"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase | None:
+    """Transformers' own conversion of the tokenizer that the file describes."""
+    if "tokenizer.ggml.model" not in file.metadata:
+        return None
+    # Which tokens to add to a text, where a file is silent, is llama.cpp's convention: a beginning
+    # for sentencepiece vocabularies and Llama 3's.
+    begins = (
+        file.metadata["tokenizer.ggml.model"] == "llama"
+        or file.metadata.get("tokenizer.ggml.pre") in _PRE_LLAMA3
+    )
+    # Not AutoTokenizer: it reads the file once more with the gguf package, only to look for a
+    # configuration, which takes three times as long as the tokenizer. And not in the file's own
+    # folder: a tokenizer.json that lies there would be preferred to the file.
+    with tempfile.TemporaryDirectory() as folder:
+        os.symlink(os.path.abspath(file.path), os.path.join(folder, "model.gguf"))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            folder,
+            gguf_file="model.gguf",
+            local_files_only=True,
+            padding_side="left",  # as generate() needs it
+            add_bos_token=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)),
+            add_eos_token=bool(file.metadata.get("tokenizer.ggml.add_eos_token", False)),
+        )
+    tokenizer.name_or_path = file.path
+    tokenizer.init_kwargs["name_or_path"] = file.path
+    return tokenizer

@@ -1,0 +1,466 @@
+"""The operators: public functions, and what makes them work under PyTorch's transforms.
+
+The functions here take formats by name and raise ``ValueError`` or ``TypeError`` for bad arguments.
+``torch.ops.torch_q4.*`` are the registered operators underneath: they take ggml's type number,
+raise ``RuntimeError`` with the same words, and are what ``torch.compile`` and ``torch.export`` see.
+Schemas and CPU kernels are in C++ (``csrc/``); this module adds their shape functions ("fakes"),
+gradients, autocast and vmap rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_q4 import formats
+from torch_q4.formats import Format
+
+__all__ = ["cpu_isa", "dequantize", "embedding", "linear", "matmul_q4_0", "quantize"]
+
+_LIBRARY = Path(__file__).parent / "_C.so"
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"torch_q4 is not built: {_LIBRARY} is missing. "
+        "Run `pip install --no-build-isolation .` in its source directory."
+    )
+torch.ops.load_library(_LIBRARY)
+
+_ops = torch.ops.torch_q4
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_COMPUTES = ("exact", "int8")
+
+FormatLike = Format | str | int
+
+
+# ---- the rules: one function per operator, the words those of csrc/checks.h ----------------------
+
+
+def _format(op: str, fmt: FormatLike) -> Format:
+    try:
+        return formats.get(fmt)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{op}: {error}") from None
+
+
+def _check_float(op: str, what: str, dtype: torch.dtype) -> None:
+    if dtype not in _FLOATS:
+        raise TypeError(f"{op}: {what} must be float32, float16 or bfloat16, got {dtype}")
+
+
+def _check_device(op: str, what: str, tensor: Tensor, reference_name: str, ref: Tensor) -> None:
+    if tensor.device != ref.device:
+        raise ValueError(f"{op}: {what} must be on the device of {reference_name}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_blocks_dtype(op: str, blocks: Tensor) -> None:
+    if blocks.dtype != torch.uint8:
+        raise TypeError(f"{op}: blocks must be uint8, got {blocks.dtype}")
+
+
+def _check_blocks(op: str, blocks: Tensor, fmt: Format, *, matrix: bool) -> None:
+    _check_blocks_dtype(op, blocks)
+    if matrix and blocks.dim() != 2:
+        raise ValueError(f"{op}: blocks must have 2 dimensions, got shape {_shape(blocks)}")
+    if blocks.dim() < 1:
+        raise ValueError(f"{op}: blocks must have at least 1 dimension, got shape {_shape(blocks)}")
+    if blocks.shape[-1] % fmt.block_bytes:
+        raise ValueError(
+            f"{op}: bytes per row of blocks must be a multiple of {fmt.block_bytes} for "
+            f"{fmt.name}, got {blocks.shape[-1]}"
+        )
+
+
+def _check_columns(op: str, what: str, columns: int, fmt: Format) -> None:
+    if columns % fmt.block_elems:
+        raise ValueError(
+            f"{op}: columns of {what} must be a multiple of {fmt.block_elems} for {fmt.name}, "
+            f"got {columns}"
+        )
+
+
+def _check_quantize(w: Tensor, fmt: Format, importance: Tensor | None) -> None:
+    _check_float("quantize", "w", w.dtype)
+    if w.dim() < 1:
+        raise ValueError(f"quantize: w must have at least 1 dimension, got shape {_shape(w)}")
+    columns = w.shape[-1]
+    _check_columns("quantize", "w", columns, fmt)
+    if importance is not None:
+        if importance.dtype != torch.float32:
+            raise TypeError(f"quantize: importance must be float32, got {importance.dtype}")
+        if importance.dim() != 1 or importance.shape[0] != columns:
+            raise ValueError(
+                f"quantize: importance must have shape ({columns},), got {_shape(importance)}"
+            )
+        _check_device("quantize", "importance", importance, "w", w)
+
+
+def _check_dequantize(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> None:
+    _check_blocks("dequantize", blocks, fmt, matrix=False)
+    _check_float("dequantize", "dtype", dtype)
+
+
+def _check_product(op: str, x_name: str, x: Tensor, blocks: Tensor) -> None:
+    _check_float(op, x_name, x.dtype)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: {x_name} must have at least 1 dimension, got shape {_shape(x)}")
+    _check_device(op, "blocks", blocks, x_name, x)
+
+
+def _check_linear(
+    x: Tensor, blocks: Tensor, fmt: Format, bias: Tensor | None, compute: str
+) -> None:
+    _check_product("linear", "x", x, blocks)
+    columns = x.shape[-1]
+    _check_columns("linear", "x", columns, fmt)
+    _check_blocks_dtype("linear", blocks)
+    if blocks.dim() != 2:
+        raise ValueError(f"linear: blocks must have 2 dimensions, got shape {_shape(blocks)}")
+    row_bytes = columns // fmt.block_elems * fmt.block_bytes
+    if blocks.shape[1] != row_bytes:
+        raise ValueError(
+            f"linear: blocks must have {row_bytes} bytes per row for {fmt.name} with "
+            f"{columns} columns, got {blocks.shape[1]}"
+        )
+    if bias is not None:
+        if bias.dtype != x.dtype:
+            raise TypeError(f"linear: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
+        if bias.dim() != 1 or bias.shape[0] != blocks.shape[0]:
+            raise ValueError(
+                f"linear: bias must have shape ({blocks.shape[0]},), got {_shape(bias)}"
+            )
+        _check_device("linear", "bias", bias, "x", x)
+    if compute not in _COMPUTES:
+        raise ValueError(f"linear: compute must be exact or int8, got {compute}")
+
+
+def _check_linear_transposed(grad: Tensor, blocks: Tensor, fmt: Format) -> None:
+    op = "linear_transposed"
+    _check_product(op, "grad", grad, blocks)
+    _check_blocks(op, blocks, fmt, matrix=True)
+    if grad.shape[-1] != blocks.shape[0]:
+        raise ValueError(
+            f"{op}: grad must have {blocks.shape[0]} columns, one per row of blocks, "
+            f"got {grad.shape[-1]}"
+        )
+
+
+def _check_embedding(indices: Tensor, blocks: Tensor, fmt: Format, dtype: torch.dtype) -> None:
+    op = "embedding"
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: indices must be int64 or int32, got {indices.dtype}")
+    _check_blocks(op, blocks, fmt, matrix=True)
+    _check_float(op, "dtype", dtype)
+    _check_device(op, "blocks", blocks, "indices", indices)
+
+
+# ---- public functions ----------------------------------------------------------------------------
+
+
+def quantize(w: Tensor, fmt: FormatLike, importance: Tensor | None = None) -> Tensor:
+    """Quantises rows to blocks, byte for byte as ggml does.
+
+    Each block's scales and codes minimise ``sum_i importance_i * (w_i - value_i)**2`` over ggml's
+    grid of candidates. Without importance ggml's plain quantiser is followed. ``q8_0`` has
+    nothing to weigh and ignores it.
+
+    Args:
+        w: weights, float32, float16 or bfloat16, ``(..., K)``; K a whole number of blocks.
+        fmt: the format, by name or ggml type.
+        importance: float32 ``(K,)``, each column's weight: llama.cpp's imatrix, the mean squared
+            activation of the column.
+
+    Returns:
+        uint8 ``(..., K // block_elems * block_bytes)`` on the device of ``w``.
+
+    Raises:
+        ValueError: unknown format, or a shape that does not fit.
+        TypeError: a dtype that is not supported.
+    """
+    found = _format("quantize", fmt)
+    _check_quantize(w, found, importance)
+    return _ops.quantize.default(w, found.type_id, importance)
+
+
+def dequantize(blocks: Tensor, fmt: FormatLike, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decodes blocks to their values.
+
+    float32 values are ggml's, bit for bit; float16 and bfloat16 are those rounded to nearest even.
+
+    Args:
+        blocks: uint8 ``(..., bytes)``, whole blocks in the last dimension.
+        fmt: the format, by name or ggml type.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``(..., bytes // block_bytes * block_elems)`` in ``dtype``.
+
+    Raises:
+        ValueError: unknown format, or bytes that are not whole blocks.
+        TypeError: blocks that are not uint8, or another dtype.
+    """
+    found = _format("dequantize", fmt)
+    _check_dequantize(blocks, found, dtype)
+    return _ops.dequantize.default(blocks, found.type_id, dtype)
+
+
+def linear(
+    x: Tensor,
+    blocks: Tensor,
+    fmt: FormatLike,
+    bias: Tensor | None = None,
+    *,
+    compute: str = "exact",
+) -> Tensor:
+    """``y = x @ dequantize(blocks).T + bias`` without ever storing the dequantised weight.
+
+    Differentiable with respect to ``x`` and ``bias``. Blocks are integers and cannot be trained.
+
+    Args:
+        x: float32, float16 or bfloat16, ``(..., K)``, any strides.
+        blocks: uint8 ``(N, K // block_elems * block_bytes)``.
+        fmt: the format, by name or ggml type.
+        bias: ``(N,)`` in the dtype of ``x``.
+        compute: ``"exact"`` multiplies activations and dequantised weights as they are and sums in
+            float32. ``"int8"`` first rounds each 32 activations to int8 with a float32 scale,
+            which is faster (llama.cpp's arithmetic; relative squared error at most 1e-4 for
+            normally distributed activations).
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: unknown format, or shapes, devices or ``compute`` that do not fit.
+        TypeError: a dtype that is not supported.
+    """
+    found = _format("linear", fmt)
+    _check_linear(x, blocks, found, bias, compute)
+    return _ops.linear.default(x, blocks, found.type_id, bias, compute)
+
+
+def embedding(
+    indices: Tensor, blocks: Tensor, fmt: FormatLike, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Decodes the rows that ``indices`` names: ``dequantize(blocks[indices])``.
+
+    Args:
+        indices: int64 or int32, any shape.
+        blocks: uint8 ``(rows, bytes)``.
+        fmt: the format, by name or ggml type.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``(*indices.shape, bytes // block_bytes * block_elems)`` in ``dtype``.
+
+    Raises:
+        ValueError: unknown format or blocks of a wrong shape.
+        TypeError: a dtype that is not supported.
+        RuntimeError: an index outside ``[0, rows)``.
+    """
+    found = _format("embedding", fmt)
+    _check_embedding(indices, blocks, found, dtype)
+    return _ops.embedding.default(indices, blocks, found.type_id, dtype)
+
+
+def matmul_q4_0(x: Tensor, blocks: Tensor, n_rows: int, n_cols: int) -> Tensor:
+    """``y = x @ W.T`` for a Q4_0 weight W of ``n_rows`` by ``n_cols``, blocks in any shape.
+
+    Args:
+        x: float32, float16 or bfloat16, ``(M, n_cols)``.
+        blocks: uint8, all of W's blocks: 18 bytes each (``q4_0``, float16 scale) or 20 bytes each
+            (``q4_0_f32``, float32 scale). Their number of bytes tells which.
+        n_rows: rows of W.
+        n_cols: columns of W, a multiple of 32.
+
+    Returns:
+        ``(M, n_rows)`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: blocks that are neither, or an ``x`` of another width.
+        TypeError: a dtype that is not supported.
+    """
+    op = "matmul_q4_0"
+    if n_rows < 0 or n_cols < 0 or n_cols % 32:
+        raise ValueError(
+            f"{op}: n_rows must be at least 0 and n_cols a multiple of 32, got {n_rows}, {n_cols}"
+        )
+    if x.dim() != 2 or x.shape[1] != n_cols:
+        raise ValueError(f"{op}: x must have shape (M, {n_cols}), got {_shape(x)}")
+    _check_blocks_dtype(op, blocks)
+    count = n_rows * (n_cols // 32)
+    for name in ("q4_0", "q4_0_f32"):
+        fmt = formats.get(name)
+        if blocks.numel() == count * fmt.block_bytes:
+            row_bytes = fmt.row_bytes(n_cols)
+            return linear(x, blocks.reshape(n_rows, row_bytes), fmt)
+    raise ValueError(
+        f"{op}: blocks must have {18 * count} bytes (float16 scales) or {20 * count} (float32) "
+        f"for {n_rows} rows of {n_cols} columns, got {blocks.numel()}"
+    )
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: ``"avx512"``, ``"avx2"`` or ``"generic"``.
+
+    The best one that this CPU has, or the one in the environment variable ``TORCH_Q4_CPU_ISA``.
+
+    Raises:
+        RuntimeError: the variable names no such set, or one that this CPU lacks.
+    """
+    return str(_ops.cpu_isa.default())
+
+
+# ---- fakes: what torch.compile and torch.export run in place of the kernels ----------------------
+
+
+def _fake(op: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Registers a shape function; its errors become the operator's own, ``RuntimeError``."""
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def fake(*args: Any, **kwargs: Any) -> Tensor:
+            try:
+                return function(*args, **kwargs)
+            except (ValueError, TypeError) as error:
+                raise RuntimeError(str(error)) from None
+
+        torch.library.register_fake(f"torch_q4::{op}", fake)
+        return function
+
+    return decorate
+
+
+@_fake("quantize")
+def _(w: Tensor, format: int, importance: Tensor | None = None) -> Tensor:
+    fmt = _format("quantize", format)
+    _check_quantize(w, fmt, importance)
+    row_bytes = w.shape[-1] // fmt.block_elems * fmt.block_bytes
+    return w.new_empty((*w.shape[:-1], row_bytes), dtype=torch.uint8)
+
+
+@_fake("dequantize")
+def _(blocks: Tensor, format: int, dtype: torch.dtype) -> Tensor:
+    fmt = _format("dequantize", format)
+    _check_dequantize(blocks, fmt, dtype)
+    columns = blocks.shape[-1] // fmt.block_bytes * fmt.block_elems
+    return blocks.new_empty((*blocks.shape[:-1], columns), dtype=dtype)
+
+
+@_fake("linear")
+def _(
+    x: Tensor, blocks: Tensor, format: int, bias: Tensor | None = None, compute: str = "exact"
+) -> Tensor:
+    fmt = _format("linear", format)
+    _check_linear(x, blocks, fmt, bias, compute)
+    return x.new_empty((*x.shape[:-1], blocks.shape[0]))
+
+
+@_fake("linear_transposed")
+def _(grad: Tensor, blocks: Tensor, format: int) -> Tensor:
+    fmt = _format("linear_transposed", format)
+    _check_linear_transposed(grad, blocks, fmt)
+    columns = blocks.shape[1] // fmt.block_bytes * fmt.block_elems
+    return grad.new_empty((*grad.shape[:-1], columns))
+
+
+@_fake("embedding")
+def _(indices: Tensor, blocks: Tensor, format: int, dtype: torch.dtype) -> Tensor:
+    fmt = _format("embedding", format)
+    _check_embedding(indices, blocks, fmt, dtype)
+    columns = blocks.shape[1] // fmt.block_bytes * fmt.block_elems
+    return indices.new_empty((*indices.shape, columns), dtype=dtype)
+
+
+# ---- autograd: y = x W^T + b, so dx = dy W and db = sum dy ---------------------------------------
+
+
+# `inputs` and `needs_input_grad` leave out trailing arguments that have their default values.
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.format = inputs[2]
+    ctx.save_for_backward(inputs[1])
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (blocks,) = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if ctx.needs_input_grad[0]:
+        grads[0] = _ops.linear_transposed.default(grad, blocks, ctx.format)
+    if len(grads) > 3 and ctx.needs_input_grad[3]:
+        grads[3] = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
+    return tuple(grads)
+
+
+def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (blocks,) = ctx.saved_tensors
+    return _ops.linear.default(grad, blocks, ctx.format), None, None
+
+
+torch.library.register_autograd("torch_q4::linear", _linear_backward, setup_context=_save_weight)
+torch.library.register_autograd(
+    "torch_q4::linear_transposed", _transposed_backward, setup_context=_save_weight
+)
+
+
+# ---- autocast: as F.linear, the product runs in the autocast dtype -------------------------------
+
+
+_autocast_library = torch.library.Library("torch_q4", "IMPL")
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def linear_autocast(
+        x: Tensor, blocks: Tensor, format: int, bias: Tensor | None = None, compute: str = "exact"
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        x = x.to(dtype) if x.dtype in _FLOATS else x
+        bias = bias.to(dtype) if bias is not None and bias.dtype in _FLOATS else bias
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _ops.linear.default(x, blocks, format, bias, compute)
+
+    _autocast_library.impl("linear", linear_autocast, key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+# ---- vmap: every operator takes leading dimensions, so a batch of x is one more of them ----------
+
+
+def _batch_first(tensor: Tensor, batch_dim: int) -> Tensor:
+    return tensor.movedim(batch_dim, 0)
+
+
+def _refuse(op: str, what: str, in_dim: int | None) -> None:
+    if in_dim is not None:
+        raise RuntimeError(f"{op}: vmap over {what} is not supported, only over the first argument")
+
+
+def _register_vmap(op: str, shared: dict[int, str]) -> None:
+    """Batches the first argument of ``op``; the others, named by position, must be shared."""
+    function = getattr(_ops, op).default
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        for position, what in shared.items():
+            _refuse(op, what, in_dims[position] if position < len(in_dims) else None)
+        return function(_batch_first(args[0], in_dims[0] or 0), *args[1:]), 0
+
+    torch.library.register_vmap(f"torch_q4::{op}", rule)
+
+
+_register_vmap("quantize", {2: "importance"})
+_register_vmap("dequantize", {})
+_register_vmap("linear", {1: "blocks", 3: "bias"})
+_register_vmap("linear_transposed", {1: "blocks"})
+_register_vmap("embedding", {1: "blocks"})
