@@ -151,6 +151,13 @@ inline FormatInfo check_quantize(const Tensor& w, int64_t format_id,
   return format;
 }
 
+// For pack, unpack and pack_.
+inline FormatInfo check_repack(const char* op, const Tensor& blocks, int64_t format_id) {
+  const FormatInfo format = check_format(op, format_id);
+  check_blocks(op, blocks, format, /*matrix=*/true);
+  return format;
+}
+
 inline FormatInfo check_dequantize(const Tensor& blocks, int64_t format_id, ScalarType dtype) {
   const FormatInfo format = check_format("dequantize", format_id);
   check_blocks("dequantize", blocks, format, /*matrix=*/false);

@@ -2,16 +2,22 @@
 // them: csrc/cpu/OP.cpp under the CPU key. Fakes, autograd and autocast: torch_q4/ops.py.
 //
 // `format` is ggml's type number (torch_q4.formats), so that no call compares format names.
+// `packed` says that blocks are in the layout of kernels/packed.h, not in GGML's own order.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(torch_q4, m) {
   m.def("quantize(Tensor w, int format, Tensor? importance=None) -> Tensor");
   m.def("dequantize(Tensor blocks, int format, ScalarType dtype) -> Tensor");
+  m.def("pack(Tensor blocks, int format) -> Tensor");
+  m.def("unpack(Tensor packed, int format) -> Tensor");
+  m.def("pack_(Tensor(a!) blocks, int format) -> ()");
   m.def(
-      "linear(Tensor x, Tensor blocks, int format, Tensor? bias=None, str compute=\"exact\") -> "
-      "Tensor");
-  m.def("linear_transposed(Tensor grad, Tensor blocks, int format) -> Tensor");
-  m.def("embedding(Tensor indices, Tensor blocks, int format, ScalarType dtype) -> Tensor");
+      "linear(Tensor x, Tensor blocks, int format, Tensor? bias=None, str compute=\"exact\", "
+      "bool packed=False) -> Tensor");
+  m.def("linear_transposed(Tensor grad, Tensor blocks, int format, bool packed=False) -> Tensor");
+  m.def(
+      "embedding(Tensor indices, Tensor blocks, int format, ScalarType dtype, bool packed=False) "
+      "-> Tensor");
   m.def("format_table() -> str");
   m.def("cpu_isa() -> str");
 }

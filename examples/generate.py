@@ -96,7 +96,7 @@ def packed_bytes(model: torch.nn.Module) -> tuple[int, int]:
     from torch_q4 import QuantEmbedding, QuantLinear, formats
 
     weights = {
-        module.weight: formats.get(module.format).columns(module.weight.shape[1])
+        module.blocks: formats.get(module.format).columns(module.blocks.shape[1])
         for module in model.modules()
         if isinstance(module, (QuantLinear, QuantEmbedding))
     }

@@ -90,6 +90,15 @@ CASES: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
      "embedding: dtype must be float32, float16 or bfloat16, got torch.int32"),
     ("embedding", (torch.tensor([1]), BLOCKS, 99, torch.float32), ValueError,
      "embedding: format must be one of q4_0"),
+    ("pack", (BLOCKS, 99), ValueError, "pack: format must be one of q4_0"),
+    ("pack", (BLOCKS.int(), Q4_0), TypeError, "pack: blocks must be uint8, got torch.int32"),
+    ("pack", (BLOCKS[0], Q4_0), ValueError, "pack: blocks must have 2 dimensions, got shape (36,)"),
+    ("pack", (BLOCKS[:, 1:], Q4_0), ValueError,
+     "pack: bytes per row of blocks must be a multiple of 18 for q4_0, got 35"),
+    ("unpack", (BLOCKS[:, 1:], Q4_0), ValueError,
+     "unpack: bytes per row of blocks must be a multiple of 18 for q4_0, got 35"),
+    ("pack_", (BLOCKS[:, 1:], Q4_0), ValueError,
+     "pack_: bytes per row of blocks must be a multiple of 18 for q4_0, got 35"),
 ]  # fmt: skip
 IDS = [f"{case[0]}-{case[3].split(':')[1].strip()[:48]}" for case in CASES]
 
@@ -106,7 +115,7 @@ def test_same_words_everywhere(op, args, kind, words) -> None:
     operator = getattr(ops, op).default
     registered = message_of(lambda: operator(*args), RuntimeError)
     assert registered.startswith(words)
-    if op != "linear_transposed":  # the only one without a public function
+    if op not in ("linear_transposed", "pack_"):  # these have no public function
         function = getattr(torch_q4, op)
         keywords = {"compute": args[4]} if op == "linear" and len(args) == 5 else {}
         python = message_of(lambda: function(*args[:4], **keywords), kind)

@@ -59,8 +59,8 @@ def test_from_blocks_shares_memory(fmt) -> None:
     layer = QuantLinear.from_blocks(blocks, fmt)
     assert layer.weight.data_ptr() == blocks.data_ptr()
     parameter = nn.Parameter(blocks, requires_grad=False)
-    assert QuantLinear.from_blocks(parameter, fmt).weight is parameter
-    assert QuantEmbedding.from_blocks(parameter, fmt).weight is parameter
+    assert QuantLinear.from_blocks(parameter, fmt).blocks is parameter
+    assert QuantEmbedding.from_blocks(parameter, fmt).blocks is parameter
 
 
 @pytest.mark.parametrize("cls", [QuantLinear, QuantEmbedding])
@@ -143,7 +143,7 @@ def test_deepcopy_and_pickle(fmt) -> None:
     wanted = model(ids)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(ids), wanted)
-        assert other[1].weight.data_ptr() != model[1].weight.data_ptr()
+        assert other[1].blocks.data_ptr() != model[1].blocks.data_ptr()
         assert other[1].format == fmt.name
 
 
@@ -201,7 +201,7 @@ def test_loading_a_wrong_shape_is_refused() -> None:
 def test_meta_construction_and_assign(fmt) -> None:
     source = QuantLinear.from_linear(nn.Linear(512, 20), fmt)
     for meta in (QuantLinear(512, 20, fmt, device="meta"), _under_meta(512, 20, fmt)):
-        assert meta.weight.is_meta
+        assert meta.blocks.is_meta
         assert meta.bias.is_meta
         assert meta(torch.empty(2, 512, device="meta")).shape == (2, 20)
         meta.load_state_dict(source.state_dict(), assign=True)
@@ -216,13 +216,72 @@ def _under_meta(k, n, fmt) -> QuantLinear:
         return QuantLinear(k, n, fmt)
 
 
+def test_layouts_are_the_layers_own_business(fmt) -> None:
+    """Packed or not, a layer computes the same and shows GGML's own bytes; pack_ keeps ties."""
+    for rows in (16, 37, 5):
+        blocks = random_blocks(fmt, rows, 512)
+        original = blocks.clone()
+        plain = QuantLinear.from_blocks(blocks, fmt)
+        assert not plain.packed
+        assert plain.weight.data_ptr() == blocks.data_ptr()
+        packed = QuantLinear.from_blocks(blocks.clone(), fmt)
+        assert torch_q4.pack_(packed) is packed
+        assert packed.packed
+        assert torch.equal(packed.weight, original)
+        assert torch.equal(packed.blocks, torch_q4.pack(original, fmt))
+        for key, value in packed.state_dict().items():
+            assert torch.equal(value, plain.state_dict()[key])
+        for m in (1, 3, 9, 100):
+            x = torch.randn(m, 512)
+            assert torch.equal(packed(x), plain(x))
+        assert torch.equal(packed.dequantize(), plain.dequantize())
+        table = torch_q4.pack_(QuantEmbedding.from_blocks(blocks.clone(), fmt))
+        assert torch.equal(table(torch.arange(rows)), plain.dequantize())
+        assert torch.equal(blocks, original)
+        torch_q4.pack_(packed)  # once more changes nothing
+        assert torch.equal(packed.weight, original)
+
+
+def test_pack_keeps_ties() -> None:
+    fmt = formats.get("q6_k")
+    shared = nn.Parameter(random_blocks(fmt, 48, 256), requires_grad=False)
+    wanted = shared.detach().clone()
+    model = nn.ModuleDict(
+        {
+            "embed": QuantEmbedding.from_blocks(shared, fmt),
+            "head": QuantLinear.from_blocks(shared, fmt),
+        }
+    )
+    torch_q4.pack_(model)
+    assert model["embed"].blocks is model["head"].blocks
+    for module in model.values():
+        assert torch.equal(module.weight, wanted)
+
+
+def test_loading_a_tied_pair_twice_packs_it_once() -> None:
+    model = Tied()
+    quantize_(model, "q6_k")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+def test_weight_is_read_only() -> None:
+    layer = QuantLinear.from_linear(nn.Linear(256, 16), "q4_k")
+    layer.weight.zero_()  # a copy: what the layer computes with is not touched
+    assert layer.weight.any()
+    with pytest.raises(AttributeError):
+        layer.weight = torch.zeros(1)
+
+
 def test_requires_grad_spares_the_blocks() -> None:
     layer = QuantLinear.from_linear(nn.Linear(256, 8), "q4_k")
     layer.requires_grad_(False)
     assert not layer.bias.requires_grad
     layer.requires_grad_(True)
     assert layer.bias.requires_grad
-    assert not layer.weight.requires_grad
+    assert not layer.blocks.requires_grad
     torch.optim.SGD(layer.parameters(), lr=0.1)
 
 
@@ -250,9 +309,9 @@ def test_tied_weights_stay_tied() -> None:
     quantize_(model, "q6_k")
     assert isinstance(model.embed, QuantEmbedding)
     assert isinstance(model.head, QuantLinear)
-    assert model.head.weight is model.embed.weight
+    assert model.head.blocks is model.embed.blocks
     for moved in (copy.deepcopy(model), model.half(), model.to("cpu")):
-        assert moved.head.weight is moved.embed.weight
+        assert moved.head.blocks is moved.embed.blocks
 
 
 def test_a_module_in_two_places_stays_one() -> None:

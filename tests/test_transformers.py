@@ -138,9 +138,9 @@ def test_real_model_is_as_the_file_says(real) -> None:
 
 def test_real_tied_weights_are_one_parameter(real) -> None:
     model, _ = real
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.blocks is model.model.embed_tokens.blocks
     moved = copy.deepcopy(model).to(torch.bfloat16)
-    assert moved.lm_head.weight is moved.model.embed_tokens.weight
+    assert moved.lm_head.blocks is moved.model.embed_tokens.blocks
     assert moved.model.embed_tokens(torch.tensor([5])).dtype == torch.bfloat16
 
 
@@ -396,7 +396,9 @@ def test_small_logits(tmp_path: Path, case: str) -> None:
     formats_in_file = [t.format for t in file.tensors.values() if t.format is not None]
     tied = bool(reference.config.tie_word_embeddings)
     assert len(packed) == len(formats_in_file) + (tied and bool(formats_in_file))
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    name = "blocks" if formats_in_file else "weight"
+    head, embedding = model.lm_head, model.model.embed_tokens
+    assert (getattr(head, name, None) is getattr(embedding, name, 0)) == tied
 
 
 def test_small_models_cover_every_architecture() -> None:
@@ -444,11 +446,13 @@ def test_dtype(tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     assert relative_error(loaded, expected) <= 2 * relative_error(plain, expected) + 1e-3
 
 
-def test_weights_are_views_of_the_file(tmp_path: Path) -> None:
-    """All but llama's reordered rows: shared pages, no copy."""
+@pytest.mark.parametrize("pack", [False, True], ids=["canonical", "packed"])
+def test_weights_are_views_of_the_file(tmp_path: Path, pack: bool) -> None:
+    """All but llama's reordered rows lie in the map's pages: no copy beside it."""
     reference = random_model("llama", {})
     path = write_gguf(tmp_path / "small.gguf", reference, "llama", ["q4_k"])
-    model, _ = load_gguf_model(path, progress=False)
+    model, _ = load_gguf_model(path, progress=False, pack=pack)
+    assert model.lm_head.packed == pack
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith(str(path)):
@@ -459,7 +463,7 @@ def test_weights_are_views_of_the_file(tmp_path: Path) -> None:
         for name, parameter in model.named_parameters()
         if not any(parameter.data_ptr() in mapped for mapped in ranges)
     ]
-    assert all(name.endswith(("q_proj.weight", "k_proj.weight")) for name in copied)
+    assert all(name.endswith(("q_proj.blocks", "k_proj.blocks")) for name in copied)
     assert len(copied) == 4
 
 

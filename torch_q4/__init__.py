@@ -2,8 +2,17 @@
 
 from torch_q4 import formats
 from torch_q4.gguf import GGUFError, GGUFFile, GGUFTensor, load_gguf
-from torch_q4.nn import QuantEmbedding, QuantizeReport, QuantLinear, quantize_
-from torch_q4.ops import cpu_isa, dequantize, embedding, linear, matmul_q4_0, quantize
+from torch_q4.nn import QuantEmbedding, QuantizeReport, QuantLinear, pack_, quantize_
+from torch_q4.ops import (
+    cpu_isa,
+    dequantize,
+    embedding,
+    linear,
+    matmul_q4_0,
+    pack,
+    quantize,
+    unpack,
+)
 
 __version__ = "0.1.0"
 
@@ -21,6 +30,9 @@ __all__ = [
     "linear",
     "load_gguf",
     "matmul_q4_0",
+    "pack",
+    "pack_",
     "quantize",
     "quantize_",
+    "unpack",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch_q4 import formats
 from torch_q4.formats import Format
 from torch_q4.ops import FormatLike, _check_blocks, dequantize, quantize
 
-__all__ = ["QuantEmbedding", "QuantLinear", "QuantizeReport", "quantize_"]
+__all__ = ["QuantEmbedding", "QuantLinear", "QuantizeReport", "pack_", "quantize_"]
 
 _ops = torch.ops.torch_q4
 
@@ -33,24 +33,34 @@ def _blocks_parameter(blocks: Tensor, op: str, fmt: Format) -> nn.Parameter:
 class _Quantized(nn.Module):
     """A weight in blocks: what QuantLinear and QuantEmbedding share.
 
-    The weight's blocks are integers, so ``requires_grad`` cannot be set on them and casts such as
-    ``.half()`` pass them by. ``state_dict`` holds them as they are, and the format's type number
-    beside them as ``weight_format``; loading checks it.
+    The blocks are kept in one of two orders of the same bytes: GGML's own, or the packed layout
+    that kernels read faster (:func:`torch_q4.pack`). ``state_dict`` holds GGML's own bytes in any
+    case, as ``weight``, and the format's type number beside them, as ``weight_format``; loading
+    checks it.
+
+    The blocks are integers: ``requires_grad`` cannot be set on them and casts such as ``.half()``
+    pass them by.
     """
 
-    weight: nn.Parameter
+    blocks: nn.Parameter
     format: str
+    packed: bool
 
     def __init__(self, rows: int, columns: int, fmt: FormatLike, device: Any) -> None:
         super().__init__()
         found = formats.get(fmt)
-        self._set_format(found)
+        self.format = found.name
+        self._type_id = found.type_id
+        self.packed = True  # nothing is in it yet: what is loaded will be packed
         blocks = torch.empty(rows, found.row_bytes(columns), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(blocks, requires_grad=False)
+        self.blocks = nn.Parameter(blocks, requires_grad=False)
 
-    def _set_format(self, fmt: Format) -> None:
-        self.format = fmt.name
-        self._type_id = fmt.type_id
+    @property
+    def weight(self) -> Tensor:
+        """GGML's own bytes, uint8 ``(rows, bytes_per_row)``: a copy where the layer is packed."""
+        if self.packed:
+            return _ops.unpack.default(self.blocks.detach(), self._type_id)
+        return self.blocks
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight's values, ``(rows, columns)`` in ``dtype``."""
@@ -66,19 +76,23 @@ class _Quantized(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.weight
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
         destination[prefix + "weight_format"] = torch.tensor(self._type_id, dtype=torch.int32)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "blocks"]
 
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        ours, theirs = prefix + "blocks", prefix + "weight"
         key = prefix + "weight_format"
         stored = state_dict.get(key)
         if stored is None:
@@ -88,15 +102,24 @@ class _Quantized(nn.Module):
                 f"{key}: the format must be {self.format} ({self._type_id}), got {int(stored)}"
             )
             return
+        # The parameter is called `blocks`; everything that is said of it says `weight`.
+        renamed = {theirs: ours}
+        inner = {
+            renamed.get(name, name): value for name, value in state_dict.items() if name != key
+        }
+        missing: list[str] = []
+        errors: list[str] = []
         super()._load_from_state_dict(
-            {name: value for name, value in state_dict.items() if name != key},
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
+            inner, prefix, local_metadata, strict, missing, unexpected_keys, errors
         )
+        missing_keys += [theirs if name == ours else name for name in missing]
+        error_msgs += [text.replace(ours, theirs) for text in errors]
+        if theirs not in state_dict or errors:
+            return
+        if local_metadata.get("assign_to_params_buffers", False):
+            self.packed = False  # the caller's own tensor, in GGML's order
+        elif self.packed and not self.blocks.is_meta:
+            _ops.pack_.default(self.blocks.detach(), self._type_id)
 
 
 class QuantLinear(_Quantized):
@@ -115,7 +138,9 @@ class QuantLinear(_Quantized):
         dtype: the bias's dtype.
 
     Attributes:
-        weight: uint8 ``(N, K // block_elems * block_bytes)``, GGML's own bytes.
+        weight: uint8 ``(N, K // block_elems * block_bytes)``, GGML's own bytes; read-only.
+        blocks: the parameter that stores them, in GGML's order or packed.
+        packed: whether ``blocks`` is packed, see :func:`pack_`.
         bias: ``(N,)``, or None.
         format: the format's name.
 
@@ -153,8 +178,9 @@ class QuantLinear(_Quantized):
         bias: Tensor | None = None,
         *,
         compute: str = "exact",
+        packed: bool = False,
     ) -> QuantLinear:
-        """A layer over blocks that exist; nothing is copied.
+        """A layer over blocks that exist; nothing is copied, and nothing is changed.
 
         Args:
             blocks: uint8 ``(N, bytes_per_row)``. An ``nn.Parameter`` is used as it is, so layers
@@ -162,6 +188,7 @@ class QuantLinear(_Quantized):
             fmt: the blocks' format.
             bias: ``(N,)`` in the dtype of the activations to come, or None.
             compute: see :func:`torch_q4.linear`.
+            packed: whether the blocks come from :func:`torch_q4.pack`.
 
         Raises:
             ValueError: unknown format, or shapes that do not fit it.
@@ -176,7 +203,7 @@ class QuantLinear(_Quantized):
             )
         columns = found.columns(blocks.shape[1])
         layer = cls(columns, blocks.shape[0], found, False, compute=compute, device="meta")
-        layer.weight = weight
+        layer.blocks, layer.packed = weight, packed
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
@@ -203,11 +230,13 @@ class QuantLinear(_Quantized):
         """
         blocks = quantize(linear.weight.detach(), fmt, importance)
         layer = cls.from_blocks(blocks, fmt, linear.bias, compute=compute)
-        return layer.train(linear.training)
+        return pack_(layer).train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(..., K)`` to ``(..., N)`` in the dtype of ``x``."""
-        return _ops.linear.default(x, self.weight, self._type_id, self.bias, self.compute)
+        return _ops.linear.default(
+            x, self.blocks, self._type_id, self.bias, self.compute, self.packed
+        )
 
     def extra_repr(self) -> str:
         """The constructor's arguments, for ``repr``."""
@@ -233,7 +262,10 @@ class QuantEmbedding(_Quantized):
         dtype: the dtype of the rows that come out.
 
     Attributes:
-        weight: uint8 ``(num_embeddings, K // block_elems * block_bytes)``, GGML's own bytes.
+        weight: uint8 ``(num_embeddings, K // block_elems * block_bytes)``, GGML's own bytes;
+            read-only.
+        blocks: the parameter that stores them, in GGML's order or packed.
+        packed: whether ``blocks`` is packed, see :func:`pack_`.
         format: the format's name.
 
     Raises:
@@ -268,8 +300,10 @@ class QuantEmbedding(_Quantized):
         fmt: FormatLike,
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
+        *,
+        packed: bool = False,
     ) -> QuantEmbedding:
-        """A table over blocks that exist; nothing is copied.
+        """A table over blocks that exist; nothing is copied, and nothing is changed.
 
         Args:
             blocks: uint8 ``(rows, bytes_per_row)``. An ``nn.Parameter`` is used as it is, so
@@ -277,6 +311,7 @@ class QuantEmbedding(_Quantized):
             fmt: the blocks' format.
             dtype: the dtype of the rows that come out.
             padding_idx: see the class.
+            packed: whether the blocks come from :func:`torch_q4.pack`.
 
         Raises:
             ValueError: unknown format, or shapes that do not fit it.
@@ -286,7 +321,7 @@ class QuantEmbedding(_Quantized):
         weight = _blocks_parameter(blocks, "QuantEmbedding.from_blocks", found)
         columns = found.columns(blocks.shape[1])
         module = cls(blocks.shape[0], columns, found, padding_idx, device="meta", dtype=dtype)
-        module.weight = weight
+        module.blocks, module.packed = weight, packed
         module._dtype_marker = torch.empty(0, dtype=dtype, device=blocks.device)
         return module
 
@@ -304,12 +339,12 @@ class QuantEmbedding(_Quantized):
             raise ValueError(f"QuantEmbedding: max_norm must be None, got {embedding.max_norm}")
         blocks = quantize(embedding.weight.detach(), fmt, importance)
         module = cls.from_blocks(blocks, fmt, embedding.weight.dtype, embedding.padding_idx)
-        return module.train(embedding.training)
+        return pack_(module).train(embedding.training)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Maps int64 or int32 ``(...)`` to ``(..., K)``."""
         dtype = self._dtype_marker.dtype
-        return _ops.embedding.default(indices, self.weight, self._type_id, dtype)
+        return _ops.embedding.default(indices, self.blocks, self._type_id, dtype, self.packed)
 
     def extra_repr(self) -> str:
         """The constructor's arguments, for ``repr``."""
@@ -317,6 +352,35 @@ class QuantEmbedding(_Quantized):
             f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, "
             f"format={self.format}, dtype={self._dtype_marker.dtype}"
         )
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def pack_(model: _Model) -> _Model:
+    """Puts the weights of every quantised layer into the packed layout, in place.
+
+    Kernels read it faster. Layers made by ``from_linear``, ``quantize_`` or the constructor are
+    packed already; those made by ``from_blocks`` leave the caller's blocks alone until this is
+    called. A weight that layers share is packed once; all of those layers must be in ``model``.
+
+    Args:
+        model: a quantised layer, or any module that holds some.
+
+    Returns:
+        ``model``.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _Quantized)]
+    waiting = {id(layer.blocks): layer for layer in layers if not layer.packed}
+    for layer in waiting.values():
+        blocks = layer.blocks.detach()
+        if not blocks.is_contiguous():
+            layer.blocks.data = blocks = blocks.contiguous()
+        if not blocks.is_meta:
+            _ops.pack_.default(blocks, layer._type_id)
+    for layer in layers:
+        layer.packed = True
+    return model
 
 
 @dataclasses.dataclass
@@ -416,6 +480,7 @@ def quantize_(
                 weight = module.weight.detach()
                 weights = importance.get(name) if importance is not None else None
                 blocks = quantize(weight, found, weights)
+                _ops.pack_.default(blocks, found.type_id)
                 blocks_of[key] = nn.Parameter(blocks, requires_grad=False)
                 report.bytes_before += weight.numel() * weight.element_size()
                 report.bytes_after += blocks.numel()
@@ -444,8 +509,10 @@ def _replacement(
 ) -> QuantLinear | QuantEmbedding:
     new: QuantLinear | QuantEmbedding
     if isinstance(module, nn.Linear):
-        new = QuantLinear.from_blocks(blocks, fmt, module.bias, compute=compute)
+        new = QuantLinear.from_blocks(blocks, fmt, module.bias, compute=compute, packed=True)
     else:
         assert isinstance(module, nn.Embedding)
-        new = QuantEmbedding.from_blocks(blocks, fmt, module.weight.dtype, module.padding_idx)
+        new = QuantEmbedding.from_blocks(
+            blocks, fmt, module.weight.dtype, module.padding_idx, packed=True
+        )
     return new.train(module.training)

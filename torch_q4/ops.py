@@ -19,7 +19,16 @@ from torch import Tensor
 from torch_q4 import formats
 from torch_q4.formats import Format
 
-__all__ = ["cpu_isa", "dequantize", "embedding", "linear", "matmul_q4_0", "quantize"]
+__all__ = [
+    "cpu_isa",
+    "dequantize",
+    "embedding",
+    "linear",
+    "matmul_q4_0",
+    "pack",
+    "quantize",
+    "unpack",
+]
 
 _LIBRARY = Path(__file__).parent / "_C.so"
 if not _LIBRARY.exists():
@@ -219,6 +228,7 @@ def linear(
     bias: Tensor | None = None,
     *,
     compute: str = "exact",
+    packed: bool = False,
 ) -> Tensor:
     """``y = x @ dequantize(blocks).T + bias`` without ever storing the dequantised weight.
 
@@ -233,6 +243,7 @@ def linear(
             float32. ``"int8"`` first rounds each 32 activations to int8 with a float32 scale,
             which is faster (llama.cpp's arithmetic; relative squared error at most 1e-4 for
             normally distributed activations).
+        packed: the blocks come from :func:`pack`, which is faster to read.
 
     Returns:
         ``(..., N)`` in the dtype of ``x``.
@@ -243,7 +254,7 @@ def linear(
     """
     found = _format("linear", fmt)
     _check_linear(x, blocks, found, bias, compute)
-    return _ops.linear.default(x, blocks, found.type_id, bias, compute)
+    return _ops.linear.default(x, blocks, found.type_id, bias, compute, packed)
 
 
 def embedding(
@@ -268,6 +279,47 @@ def embedding(
     found = _format("embedding", fmt)
     _check_embedding(indices, blocks, found, dtype)
     return _ops.embedding.default(indices, blocks, found.type_id, dtype)
+
+
+def pack(blocks: Tensor, fmt: FormatLike) -> Tensor:
+    """The same bytes in the order that kernels want to read them, 16 rows at a time.
+
+    ``kernels/packed.h`` draws the layout. Rows past the last multiple of 16 stay as they are, so a
+    row of blocks must not be taken out of a packed weight by indexing.
+
+    Args:
+        blocks: uint8 ``(N, bytes_per_row)``, GGML's own bytes.
+        fmt: the format, by name or ggml type.
+
+    Returns:
+        uint8 of the same shape.
+
+    Raises:
+        ValueError: unknown format or blocks of a wrong shape.
+        TypeError: blocks that are not uint8.
+    """
+    found = _format("pack", fmt)
+    _check_blocks("pack", blocks, found, matrix=True)
+    return _ops.pack.default(blocks, found.type_id)
+
+
+def unpack(packed: Tensor, fmt: FormatLike) -> Tensor:
+    """The inverse of :func:`pack`: GGML's own bytes again.
+
+    Args:
+        packed: uint8 ``(N, bytes_per_row)`` from :func:`pack`.
+        fmt: the format, by name or ggml type.
+
+    Returns:
+        uint8 of the same shape.
+
+    Raises:
+        ValueError: unknown format or blocks of a wrong shape.
+        TypeError: blocks that are not uint8.
+    """
+    found = _format("unpack", fmt)
+    _check_blocks("unpack", packed, found, matrix=True)
+    return _ops.unpack.default(packed, found.type_id)
 
 
 def matmul_q4_0(x: Tensor, blocks: Tensor, n_rows: int, n_cols: int) -> Tensor:
@@ -308,7 +360,7 @@ def matmul_q4_0(x: Tensor, blocks: Tensor, n_rows: int, n_cols: int) -> Tensor:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: ``"avx512"``, ``"avx2"`` or ``"generic"``.
+    """The instruction set of the CPU kernels: ``avx512``, ``avxvnni``, ``avx2`` or ``generic``.
 
     The best one that this CPU has, or the one in the environment variable ``TORCH_Q4_CPU_ISA``.
 
@@ -321,11 +373,11 @@ def cpu_isa() -> str:
 # ---- fakes: what torch.compile and torch.export run in place of the kernels ----------------------
 
 
-def _fake(op: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a shape function; its errors become the operator's own, ``RuntimeError``."""
 
-    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def fake(*args: Any, **kwargs: Any) -> Tensor:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def fake(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except (ValueError, TypeError) as error:
@@ -353,9 +405,32 @@ def _(blocks: Tensor, format: int, dtype: torch.dtype) -> Tensor:
     return blocks.new_empty((*blocks.shape[:-1], columns), dtype=dtype)
 
 
+def _fake_repack(op: str) -> None:
+    @_fake(op)
+    def _(blocks: Tensor, format: int) -> Tensor:
+        _check_blocks(op, blocks, _format(op, format), matrix=True)
+        return torch.empty_like(blocks, memory_format=torch.contiguous_format)
+
+
+_fake_repack("pack")
+_fake_repack("unpack")
+
+
+@_fake("pack_")
+def _(blocks: Tensor, format: int) -> None:
+    _check_blocks("pack_", blocks, _format("pack_", format), matrix=True)
+    if not blocks.is_contiguous():
+        raise ValueError("pack_: blocks must be contiguous, got other strides")
+
+
 @_fake("linear")
 def _(
-    x: Tensor, blocks: Tensor, format: int, bias: Tensor | None = None, compute: str = "exact"
+    x: Tensor,
+    blocks: Tensor,
+    format: int,
+    bias: Tensor | None = None,
+    compute: str = "exact",
+    packed: bool = False,
 ) -> Tensor:
     fmt = _format("linear", format)
     _check_linear(x, blocks, fmt, bias, compute)
@@ -363,7 +438,7 @@ def _(
 
 
 @_fake("linear_transposed")
-def _(grad: Tensor, blocks: Tensor, format: int) -> Tensor:
+def _(grad: Tensor, blocks: Tensor, format: int, packed: bool = False) -> Tensor:
     fmt = _format("linear_transposed", format)
     _check_linear_transposed(grad, blocks, fmt)
     columns = blocks.shape[1] // fmt.block_bytes * fmt.block_elems
@@ -371,7 +446,9 @@ def _(grad: Tensor, blocks: Tensor, format: int) -> Tensor:
 
 
 @_fake("embedding")
-def _(indices: Tensor, blocks: Tensor, format: int, dtype: torch.dtype) -> Tensor:
+def _(
+    indices: Tensor, blocks: Tensor, format: int, dtype: torch.dtype, packed: bool = False
+) -> Tensor:
     fmt = _format("embedding", format)
     _check_embedding(indices, blocks, fmt, dtype)
     columns = blocks.shape[1] // fmt.block_bytes * fmt.block_elems
@@ -384,8 +461,12 @@ def _(indices: Tensor, blocks: Tensor, format: int, dtype: torch.dtype) -> Tenso
 # `inputs` and `needs_input_grad` leave out trailing arguments that have their default values.
 
 
-def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.format = inputs[2]
+def _argument(inputs: tuple[Any, ...], position: int, default: Any) -> Any:
+    return inputs[position] if len(inputs) > position else default
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.format, ctx.packed = inputs[2], _argument(inputs, 5, False)
     ctx.save_for_backward(inputs[1])
 
 
@@ -393,20 +474,27 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (blocks,) = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if ctx.needs_input_grad[0]:
-        grads[0] = _ops.linear_transposed.default(grad, blocks, ctx.format)
-    if len(grads) > 3 and ctx.needs_input_grad[3]:
+        grads[0] = _ops.linear_transposed.default(grad, blocks, ctx.format, ctx.packed)
+    if _argument(ctx.needs_input_grad, 3, False):
         grads[3] = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
     return tuple(grads)
 
 
+def _transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.format, ctx.packed = inputs[2], _argument(inputs, 3, False)
+    ctx.save_for_backward(inputs[1])
+
+
 def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (blocks,) = ctx.saved_tensors
-    return _ops.linear.default(grad, blocks, ctx.format), None, None
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    grads[0] = _ops.linear.default(grad, blocks, ctx.format, None, "exact", ctx.packed)
+    return tuple(grads)
 
 
-torch.library.register_autograd("torch_q4::linear", _linear_backward, setup_context=_save_weight)
+torch.library.register_autograd("torch_q4::linear", _linear_backward, setup_context=_linear_setup)
 torch.library.register_autograd(
-    "torch_q4::linear_transposed", _transposed_backward, setup_context=_save_weight
+    "torch_q4::linear_transposed", _transposed_backward, setup_context=_transposed_setup
 )
 
 
@@ -420,13 +508,18 @@ def _register_autocast(device_type: str, key: str) -> None:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def linear_autocast(
-        x: Tensor, blocks: Tensor, format: int, bias: Tensor | None = None, compute: str = "exact"
+        x: Tensor,
+        blocks: Tensor,
+        format: int,
+        bias: Tensor | None = None,
+        compute: str = "exact",
+        packed: bool = False,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype) if x.dtype in _FLOATS else x
         bias = bias.to(dtype) if bias is not None and bias.dtype in _FLOATS else bias
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _ops.linear.default(x, blocks, format, bias, compute)
+            return _ops.linear.default(x, blocks, format, bias, compute, packed)
 
     _autocast_library.impl("linear", linear_autocast, key)
 

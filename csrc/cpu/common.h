@@ -33,11 +33,9 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Blocks as the kernels read them: contiguous, and aligned for the scales inside.
-inline Tensor as_blocks(const Tensor& tensor) {
-  Tensor blocks = as_contiguous(tensor);
-  const auto address = reinterpret_cast<uintptr_t>(blocks.const_data_ptr());
-  return address % alignof(float) == 0 ? blocks : torch::stable::clone(blocks);
+inline Weight as_weight(const Tensor& blocks, const FormatInfo& format, bool packed) {
+  return {static_cast<const uint8_t*>(blocks.const_data_ptr()), blocks.size(0),
+          blocks.size(1) / format.block_bytes * format.block_elems, packed};
 }
 
 // Rows that are worth a thread of their own when each costs `work` operations.

@@ -5,7 +5,7 @@ namespace {
 
 Tensor dequantize(const Tensor& blocks, int64_t format_id, ScalarType dtype) {
   const FormatInfo format = check_dequantize(blocks, format_id, dtype);
-  const Tensor source = as_blocks(blocks);
+  const Tensor source = as_contiguous(blocks);
   std::vector<int64_t> shape = shape_of(source);
   shape.back() = shape.back() / format.block_bytes * format.block_elems;
   Tensor values = empty(shape, dtype);

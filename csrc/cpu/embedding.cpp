@@ -3,11 +3,12 @@
 namespace torch_q4::cpu {
 namespace {
 
-Tensor embedding(const Tensor& indices, const Tensor& blocks, int64_t format_id, ScalarType dtype) {
+Tensor embedding(const Tensor& indices, const Tensor& blocks, int64_t format_id, ScalarType dtype,
+                 bool packed) {
   const FormatInfo format = check_embedding(indices, blocks, format_id, dtype);
-  const Tensor table = as_blocks(blocks), wanted = as_contiguous(indices);
-  const int64_t rows = table.size(0), row_bytes = table.size(1);
-  const int64_t columns = row_bytes / format.block_bytes * format.block_elems;
+  const Tensor table = as_contiguous(blocks), wanted = as_contiguous(indices);
+  const Weight weight = as_weight(table, format, packed);
+  const int64_t rows = weight.n, columns = weight.k;
   const int64_t count = wanted.numel();
   const bool wide = wanted.scalar_type() == ScalarType::Long;
   const void* index_data = wanted.const_data_ptr();
@@ -23,17 +24,15 @@ Tensor embedding(const Tensor& indices, const Tensor& blocks, int64_t format_id,
   std::vector<int64_t> shape = shape_of(wanted);
   shape.push_back(columns);
   Tensor values = empty(shape, dtype);
-  const auto* from = static_cast<const char*>(table.const_data_ptr());
   auto* to = static_cast<char*>(values.mutable_data_ptr());
-  const auto kernel = kernels().formats[format.index].dequantize;
+  const auto kernel = kernels().formats[format.index].dequantize_row;
   parallel_for(0, count, grain(columns), [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(dtype == ScalarType::Float ? 0 : columns);
     for (int64_t i = begin; i < end; ++i) {
-      const void* row = from + index_at(i) * row_bytes;
       if (dtype == ScalarType::Float) {
-        kernel(row, columns, reinterpret_cast<float*>(to) + i * columns);
+        kernel(weight, index_at(i), reinterpret_cast<float*>(to) + i * columns);
       } else {
-        kernel(row, columns, buffer.data());
+        kernel(weight, index_at(i), buffer.data());
         from_float(buffer.data(), dtype, to + i * columns * 2, columns);
       }
     }

@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace torch_q4::cpu {
 
 namespace {
@@ -12,6 +16,12 @@ namespace {
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
+}
+
+bool has_avx_vnni() {
+  // Not in GCC 12's __builtin_cpu_supports: bit 4 of EAX in leaf 7, subleaf 1.
+  unsigned eax = 0, ebx, ecx, edx;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
 }
 
 bool has_avx512() {
@@ -30,6 +40,7 @@ const Kernels& choose() {
   const Candidate candidates[] = {// best first
 #if defined(__x86_64__)
                                   {&kAvx512Kernels, has_avx512()},
+                                  {&kAvxVnniKernels, has_avx_vnni()},
                                   {&kAvx2Kernels, has_avx2()},
 #endif
                                   {&kGenericKernels, true}};

@@ -16,59 +16,68 @@ enum FormatIndex : int {
       kFormatCount
 };
 
-// Elements that the kernels unpack at a time: one K-quant block, or eight of the small ones.
+// Elements that the kernels work through at a time: one K-quant block, or eight of the small ones.
 constexpr int kTileElems = 256;
 
-// A tile's codes, and a scale and a shift per group; 16 of each, so that a vector holds either.
-struct alignas(64) Tile {
-  uint8_t codes[kTileElems];
-  float scales[16];
-  float shifts[16];
+// A weight of n rows of k elements. Packed, whole groups of 16 rows are in the packed layout
+// (kernels/packed.h), and rows past them are canonical, as all are where it is not.
+struct Weight {
+  const uint8_t* blocks;
+  int64_t n, k;
+  bool packed;
 };
 
-constexpr int kInt8Rows = 4;  // weight rows that linear_int8 unpacks at a time
-
-// Rows of activations as the int8 arithmetic wants them, K padded with zeros to whole tiles of 256:
-//   codes   (m, padded)       int8, x = scale * code to within half a scale
-//   scales  (m, padded / 32)  max|x| / 127 of each 32 elements
-//   sums16  (m, padded / 16)  scale * sum(code) of each 16 elements
-//   sums32  (m, padded / 32)  the same of each 32
-struct Int8Rows {
-  int8_t* codes;
-  float* scales;
-  float* sums16;
-  float* sums32;
-  int64_t padded;
+// Activations as the linear kernels read them: columns of x side by side, so that a kernel for C
+// of them finds what it multiplies with one weight in C consecutive words. Columns go in blocks of
+// `width` (the last one narrower), elements in tiles of 256, padded with zeros. Of each column,
+// a tile has the words below, and word w of column c lies at [w * C + c] from the tile's start.
+struct ActivationLayout {
+  int width;  // columns in a block
+  int words;  // 32-bit words of a column's tile
 };
 
-// What every linear kernel is told: out[m, n] = bias[n] + sum_k x[m, k] * W[n, k] for the weight
-// rows [row_begin, row_end) and all m rows of x. out has n_total columns; bias may be null.
+// exact:  256 floats x, then per group of 16 or 32 elements the sum of x.
+constexpr int kExactSums = 256, kExactWords = 272;
+// int8:   64 words of four codes, x = scale * code to within half a scale;
+//         8 scales, max|x| / 127 of each 32 elements;
+//         per group of 16 or 32 elements, -kOffset * sum(code) as int32, and scale * sum(code).
+constexpr int kInt8Scales = 64, kInt8Starts = 72, kInt8Sums = 88, kInt8Words = 104;
+
+// out[m, n] = bias[n] + sum_k x[m, k] * W[n, k] for all m rows of x and the weight rows
+// [row_begin, row_end), row_begin a multiple of 16. out has weight.n columns; bias may be null.
 struct LinearArgs {
-  const void* blocks;
+  Weight weight;
+  const void* x;  // as prepare_exact or prepare_int8 leaves it
+  int64_t m;
   const float* bias;
   float* out;
-  int64_t m, k, n_total;
   int64_t row_begin, row_end;
 };
 
 struct FormatKernels {
-  // elems values, a whole number of blocks, to float32; bit for bit ggml's.
+  // elems values, a whole number of canonical blocks, to float32; bit for bit ggml's.
   void (*dequantize)(const void* blocks, int64_t elems, float* out);
-  // x: (m, k) float32.
-  void (*linear_exact)(const LinearArgs& args, const float* x);
-  // scratch: kInt8Rows rows of x.padded / 256 tiles.
-  void (*linear_int8)(const LinearArgs& args, const Int8Rows& x, Tile* scratch);
+  // Row `row` to float32, and its canonical blocks.
+  void (*dequantize_row)(const Weight& weight, int64_t row, float* out);
+  // Whole groups of 16 rows, `groups` of them, in place; scratch: the bytes of a group.
+  void (*pack)(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch);
+  void (*unpack)(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch);
+  // Writes column `m` of x, k floats, into `out`, whose layout is `exact` or `int8` below.
+  void (*prepare_exact)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+  void (*prepare_int8)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+  // scratch: 16 floats for each of the m columns.
+  void (*linear_exact)(const LinearArgs& args, float* scratch);
+  void (*linear_int8)(const LinearArgs& args, float* scratch);
   // grad_x[m, k] = sum_n grad[m, n] * W[n, k] for m in [m_begin, m_end) and the elements
   // [k_begin, k_end) of a row, k_begin a multiple of 256. Overwrites its part of grad_x (m, k).
-  void (*linear_transposed)(const float* grad, const void* blocks, int64_t n, int64_t k,
-                            int64_t m_begin, int64_t m_end, int64_t k_begin, int64_t k_end,
-                            float* grad_x);
+  void (*linear_transposed)(const float* grad, const Weight& weight, int64_t m_begin, int64_t m_end,
+                            int64_t k_begin, int64_t k_end, float* grad_x);
 };
 
 struct Kernels {
   const char* isa;
+  ActivationLayout exact, int8;
   FormatKernels formats[kFormatCount];
-  void (*quantize_int8)(const float* x, int64_t k, int64_t row, const Int8Rows& out);
   void (*half_to_float)(const uint16_t* from, float* to, int64_t count);
   void (*float_to_half)(const float* from, uint16_t* to, int64_t count);
   void (*bfloat16_to_float)(const uint16_t* from, float* to, int64_t count);
@@ -78,12 +87,13 @@ struct Kernels {
 extern const Kernels kGenericKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
 // The best table that this CPU runs, or the one that the environment variable TORCH_Q4_CPU_ISA
-// names (generic, avx2, avx512). Throws std::runtime_error if it names another, or one that this
-// CPU lacks. Decided at the first call.
+// names (generic, avx2, avxvnni, avx512). Throws std::runtime_error if it names another, or one
+// that this CPU lacks. Decided at the first call.
 const Kernels& kernels();
 
 // Quantisers are compiled once, without vector extensions: their bytes must not depend on the CPU.

@@ -1,332 +1,146 @@
 // The CPU kernels, written once over the format traits (kernels/formats/registry.h) and the vector
-// operations (simd.h). kernels_generic.cpp, kernels_avx2.cpp and kernels_avx512.cpp each include
-// this file under compiler flags of their own.
+// operations (simd.h). kernels_generic.cpp, kernels_avx2.cpp and their like each include this file
+// under compiler flags of their own.
 //
-// Weight rows are read in GGML's canonical bytes. A row is worked through in tiles of 256 elements:
-// unpack() leaves a tile's codes, scales and shifts in L1, and whatever follows reads those. A
-// layout with rows interleaved replaces unpack_tile() and nothing else of the arithmetic.
+// `linear` works on 16 weight rows by 256 elements at a time: a tile in the packed layout. It takes
+// the tile apart once into a panel in L1, in which a vector's lanes are the 16 rows, and passes all
+// columns of x over it. A weight in canonical bytes has its tile packed on the way, so that both
+// layouts meet the same arithmetic.
 //
 // No standard containers or algorithms here: their weak symbols would be shared between
 // translation units that are compiled for different CPUs.
 #pragma once
 
+#include "../../kernels/packed.h"
 #include "kernels.h"
 #include "simd.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
 using torch_q4::cpu::FormatKernels;
-using torch_q4::cpu::Int8Rows;
 using torch_q4::cpu::Kernels;
-using torch_q4::cpu::kInt8Rows;
+using torch_q4::cpu::kExactSums;
+using torch_q4::cpu::kExactWords;
+using torch_q4::cpu::kInt8Scales;
+using torch_q4::cpu::kInt8Starts;
+using torch_q4::cpu::kInt8Sums;
+using torch_q4::cpu::kInt8Words;
+using torch_q4::cpu::kTileElems;
 using torch_q4::cpu::LinearArgs;
-using torch_q4::cpu::Tile;
+using torch_q4::cpu::Weight;
 
 namespace {
+
+// Columns of x that a kernel passes over a panel at once: as many as leave their sums in registers.
+#if defined(__AVX512VNNI__)
+constexpr int kInt8Columns = 12, kExactColumns = 24;
+#elif defined(__AVX2__)
+constexpr int kInt8Columns = 4, kExactColumns = 6;
+#else
+constexpr int kInt8Columns = 2, kExactColumns = 2;
+#endif
+// Up to so many columns, exact products are cheaper on codes, with one scale a group, than on
+// dequantised weights.
+constexpr int kGroupedColumns = 4;
 
 constexpr int64_t kPrefetchBytes = 3072;  // far enough to cover DRAM latency at 10-15 GB/s
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 template <class Format>
-constexpr int kGroups = kTileElems / Format::kGroupElems;
+constexpr int kBlockBytes = sizeof(typename Format::Block);
 template <class Format>
 constexpr int kTileBlocks = kTileElems / Format::kBlockElems;
 template <class Format>
-constexpr int64_t kTileBytes = kTileBlocks<Format> * sizeof(typename Format::Block);
+constexpr int kTileBytes = kTileRows * kTileBlocks<Format> * kBlockBytes<Format>;
 
-template <class Format>
-inline const typename Format::Block* row_blocks(const void* blocks, int64_t row, int64_t k) {
-  return static_cast<const typename Format::Block*>(blocks) + row * (k / Format::kBlockElems);
+inline int64_t row_bytes(int64_t k, int block_elems, int block_bytes) {
+  return k / block_elems * block_bytes;
 }
 
 template <class Format>
-inline void unpack_blocks(const typename Format::Block* blocks, int count, uint8_t* codes,
-                          float* scales, float* shifts) {
-  constexpr int kBlockGroups = Format::kBlockElems / Format::kGroupElems;
-  for (int b = 0; b < count; ++b) {
-    Format::unpack(blocks[b], codes + b * Format::kBlockElems, scales + b * kBlockGroups,
-                   shifts + b * kBlockGroups);
-  }
+inline int64_t row_bytes(int64_t k) {
+  return row_bytes(k, Format::kBlockElems, kBlockBytes<Format>);
 }
 
-// Unpacks min(kTileElems, elems) elements and asks for the bytes that the next tiles will need.
-template <class Format>
-inline void unpack_tile(const typename Format::Block* blocks, int64_t elems, Tile& tile) {
-  const char* ahead = reinterpret_cast<const char*>(blocks) + kPrefetchBytes;
-  for (int64_t line = 0; line < kTileBytes<Format>; line += 64) __builtin_prefetch(ahead + line);
-  if (elems >= kTileElems) {
-    unpack_blocks<Format>(blocks, kTileBlocks<Format>, tile.codes, tile.scales, tile.shifts);
-  } else {
-    unpack_blocks<Format>(blocks, static_cast<int>(elems / Format::kBlockElems), tile.codes,
-                          tile.scales, tile.shifts);
-  }
-}
-
-// Calls body(first element, its weights, parity) for each vector of a tile's first `elems`
-// elements, parity being 0 and 1 in turn. The product and the sum round separately, as ggml's do:
-// this is what makes dequantize bit-exact.
-template <class Format, class Body>
-inline void for_each_vector(const Tile& tile, int64_t elems, const Body& body) {
-  const auto weights = [&](int element) {
-    const int group = element / Format::kGroupElems;
-    VecF weight =
-        mul(broadcast(tile.scales[group]), load_codes<Format::kOffset>(tile.codes + element));
-    if constexpr (Format::kHasShift) weight = add(weight, broadcast(tile.shifts[group]));
-    return weight;
-  };
-  const int count = elems < kTileElems ? static_cast<int>(elems) : kTileElems;
-  // A block is at least 32 elements, so vectors come in pairs.
-  for (int element = 0; element < count; element += 2 * kLanes) {
-    body(element, weights(element), 0);
-    body(element + kLanes, weights(element + kLanes), 1);
-  }
-}
+// ---- one row at a time: decoding, and the transposed product
+// -------------------------------------
 
 template <class Format>
 void dequantize(const void* blocks, int64_t elems, float* out) {
-  const auto* block = static_cast<const typename Format::Block*>(blocks);
-  Tile tile;
-  for (int64_t k = 0; k < elems; k += kTileElems, block += kTileBlocks<Format>) {
-    unpack_tile<Format>(block, elems - k, tile);
-    for_each_vector<Format>(tile, elems - k,
-                            [&](int i, VecF weight, int) { store(out + k + i, weight); });
-  }
-}
-
-// ---- linear, exact -----------------------------------------------------------------------------
-
-// Few rows of x: weights go from the tile through registers into kRows dot products.
-template <class Format, int kRows>
-void exact_few_rows(const LinearArgs& args, const float* x, int64_t m) {
-  for (int64_t n = args.row_begin; n < args.row_end; ++n) {
-    const auto* block = row_blocks<Format>(args.blocks, n, args.k);
-    // Two sums a row of x hide the latency of the fused multiply-add.
-    VecF acc[kRows][2];
-    for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = zero();
-    Tile tile;
-    for (int64_t k = 0; k < args.k; k += kTileElems, block += kTileBlocks<Format>) {
-      unpack_tile<Format>(block, args.k - k, tile);
-      for_each_vector<Format>(tile, args.k - k, [&](int i, VecF weight, int half) {
-        for (int r = 0; r < kRows; ++r) {
-          acc[r][half] = fma(weight, load(x + (m + r) * args.k + k + i), acc[r][half]);
+  constexpr int kGroups = Format::kBlockElems / Format::kGroupElems;
+  const auto* bytes = static_cast<const uint8_t*>(blocks);
+  alignas(64) uint8_t codes[Format::kBlockElems];
+  float scales[kGroups], shifts[kGroups];
+  for (int64_t k = 0; k < elems; k += Format::kBlockElems, bytes += kBlockBytes<Format>) {
+    typename Format::Block block;
+    std::memcpy(&block, bytes, sizeof(block));  // canonical blocks lie at odd addresses too
+    Format::unpack(block, codes, scales, shifts);
+    for (int i = 0; i < Format::kBlockElems; i += 16) {
+      const VecF scale = broadcast(scales[i / Format::kGroupElems]);
+      float values[16];
+      for (int j = 0; j < 16; ++j) values[j] = static_cast<float>(codes[i + j] - Format::kOffset);
+      for (int j = 0; j < 16; j += kLanes) {
+        // The product and the sum round separately, as ggml's do: this is what makes it bit-exact.
+        VecF weight = mul(scale, load(values + j));
+        if constexpr (Format::kHasShift) {
+          weight = add(weight, broadcast(shifts[i / Format::kGroupElems]));
         }
-      });
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const float bias = args.bias ? args.bias[n] : 0.0f;
-      args.out[(m + r) * args.n_total + n] = bias + reduce(add(acc[r][0], acc[r][1]));
-    }
-  }
-}
-
-// out[r, c] += x_r . w_c for a block of kRows by kColumns, over `depth` elements.
-template <int kRows, int kColumns>
-inline void micro_kernel(const float* x, int64_t x_stride, const float* w, int64_t w_stride,
-                         int64_t depth, float* out, int64_t out_stride) {
-  VecF acc[kRows][kColumns];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) acc[r][c] = zero();
-  }
-  for (int64_t k = 0; k < depth; k += kLanes) {
-    VecF row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = load(x + r * x_stride + k);
-    for (int c = 0; c < kColumns; ++c) {
-      const VecF column = load(w + c * w_stride + k);
-      for (int r = 0; r < kRows; ++r) acc[r][c] = fma(row[r], column, acc[r][c]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) out[r * out_stride + c] += reduce(acc[r][c]);
-  }
-}
-
-template <int kRows>
-inline void micro_row(const float* x, int64_t x_stride, const float* w, int64_t w_stride,
-                      int64_t columns, int64_t depth, float* out, int64_t out_stride) {
-  int64_t c = 0;
-  for (; c + kMicroColumns <= columns; c += kMicroColumns) {
-    micro_kernel<kRows, kMicroColumns>(x, x_stride, w + c * w_stride, w_stride, depth, out + c,
-                                       out_stride);
-  }
-  for (; c < columns; ++c) {
-    micro_kernel<kRows, 1>(x, x_stride, w + c * w_stride, w_stride, depth, out + c, out_stride);
-  }
-}
-
-// Many rows of x: 24 weight rows by 512 elements are unpacked once (48 KB, in L2), and every row
-// of x passes over them. Elements are the outer loop so that x's slice stays in L2 as well.
-template <class Format>
-void exact_many_rows(const LinearArgs& args, const float* x) {
-  constexpr int64_t kPanelRows = 24, kPanelDepth = 512;
-  alignas(64) float panel[kPanelRows * kPanelDepth];
-  for (int64_t m = 0; m < args.m; ++m) {
-    for (int64_t n = args.row_begin; n < args.row_end; ++n) {
-      args.out[m * args.n_total + n] = args.bias ? args.bias[n] : 0.0f;
-    }
-  }
-  for (int64_t k = 0; k < args.k; k += kPanelDepth) {
-    const int64_t depth = min(kPanelDepth, args.k - k);
-    for (int64_t n = args.row_begin; n < args.row_end; n += kPanelRows) {
-      const int64_t rows = min(kPanelRows, args.row_end - n);
-      for (int64_t r = 0; r < rows; ++r) {
-        dequantize<Format>(row_blocks<Format>(args.blocks, n + r, args.k) + k / Format::kBlockElems,
-                           depth, panel + r * kPanelDepth);
-      }
-      int64_t m = 0;
-      for (; m + kMicroRows <= args.m; m += kMicroRows) {
-        micro_row<kMicroRows>(x + m * args.k + k, args.k, panel, kPanelDepth, rows, depth,
-                              args.out + m * args.n_total + n, args.n_total);
-      }
-      for (; m < args.m; ++m) {
-        micro_row<1>(x + m * args.k + k, args.k, panel, kPanelDepth, rows, depth,
-                     args.out + m * args.n_total + n, args.n_total);
+        store(out + k + i + j, weight);
       }
     }
   }
 }
 
 template <class Format>
-void linear_exact(const LinearArgs& args, const float* x) {
-  switch (args.m) {
-    case 1:
-      return exact_few_rows<Format, 1>(args, x, 0);
-    case 2:
-      return exact_few_rows<Format, 2>(args, x, 0);
-    case 3:
-      return exact_few_rows<Format, 3>(args, x, 0);
-    case 4:
-      return exact_few_rows<Format, 4>(args, x, 0);
-    default:
-      return exact_many_rows<Format>(args, x);
-  }
+inline bool in_packed_group(const Weight& weight, int64_t row) {
+  return weight.packed && row < weight.n / kTileRows * kTileRows;
 }
 
-// ---- linear, int8 ------------------------------------------------------------------------------
-
-// code = round(x * 127 / max|x|) of each 32 elements, ties to even.
-void quantize_int8(const float* x, int64_t k, int64_t row, const Int8Rows& out) {
-  int8_t* codes = out.codes + row * out.padded;
-  float* scales = out.scales + row * (out.padded / 32);
-  float* sums16 = out.sums16 + row * (out.padded / 16);
-  float* sums32 = out.sums32 + row * (out.padded / 32);
-  for (int64_t group = 0; group < out.padded / 32; ++group) {
-    if (group * 32 >= k) {  // padding: zeros that no weight can turn into anything else
-      for (int i = 0; i < 32; ++i) codes[group * 32 + i] = 0;
-      scales[group] = sums32[group] = sums16[2 * group] = sums16[2 * group + 1] = 0.0f;
-      continue;
-    }
-    const float* from = x + group * 32;
-    float largest = 0.0f;
-    bool finite = true;
-    for (int i = 0; i < 32; ++i) {
-      const float magnitude = __builtin_fabsf(from[i]);
-      largest = magnitude > largest ? magnitude : largest;
-      finite &= magnitude <= 3.402823466e+38f;
-    }
-    // An infinity or a NaN makes the group's scale NaN, so that it reaches the result.
-    const float scale = finite ? largest / 127.0f : __builtin_nanf("");
-    // A subnormal scale has no finite inverse; such a group is zero to within 1e-38.
-    const float inverse = finite && scale > 1.2e-38f ? 1.0f / scale : 0.0f;
-    int sum[2] = {0, 0};
-    for (int half = 0; half < 2; ++half) {
-      for (int i = 0; i < 16; ++i) {
-        // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
-        const float product = finite ? from[16 * half + i] * inverse : 0.0f;
-        const int32_t code =
-            static_cast<int32_t>(float_to_bits(product + 12582912.0f)) - 0x4B400000;
-        codes[group * 32 + 16 * half + i] = static_cast<int8_t>(code);
-        sum[half] += code;
-      }
-    }
-    scales[group] = scale;
-    sums16[2 * group] = scale * static_cast<float>(sum[0]);
-    sums16[2 * group + 1] = scale * static_cast<float>(sum[1]);
-    sums32[group] = scale * static_cast<float>(sum[0] + sum[1]);
-  }
-}
-
-// With x = xs * c and w = s * (q - o) + t in a group,
-//   sum x w = (xs s) sum(c q) + (t - o s) xs sum(c):
-// an integer dot product, and a correction that needs only each group's sum of x.
-// unpack_row leaves t - o s in the tiles' shifts.
+// Elements [k, k + elems) of a row, whole blocks, to float32.
 template <class Format>
-inline void unpack_row(const LinearArgs& args, int64_t row, Tile* tiles) {
-  const auto* block = row_blocks<Format>(args.blocks, row, args.k);
-  for (int64_t k = 0; k < args.k; k += kTileElems, block += kTileBlocks<Format>, ++tiles) {
-    const int64_t elems = args.k - k;
-    if (elems < kTileElems) *tiles = Tile{};
-    unpack_tile<Format>(block, elems, *tiles);
-    for (int group = 0; group < kGroups<Format>; ++group) {
-      const float shift = Format::kHasShift ? tiles->shifts[group] : 0.0f;
-      tiles->shifts[group] = shift - Format::kOffset * tiles->scales[group];
-    }
+void dequantize_part(const Weight& weight, int64_t row, int64_t k, int64_t elems, float* out) {
+  const int64_t bytes = row_bytes<Format>(weight.k);
+  if (!in_packed_group<Format>(weight, row)) {
+    return dequantize<Format>(weight.blocks + row * bytes + row_bytes<Format>(k), elems, out);
   }
-}
-
-template <class Format, int kRows>
-void int8_rows(const LinearArgs& args, const Int8Rows& x, int64_t n, Tile* tiles) {
-  const int64_t tile_count = x.padded / kTileElems;
-  for (int r = 0; r < kRows; ++r) unpack_row<Format>(args, n + r, tiles + r * tile_count);
-  const float* sums = Format::kGroupElems == 16 ? x.sums16 : x.sums32;
-  for (int64_t m = 0; m < args.m; ++m) {
-    const int8_t* codes = x.codes + m * x.padded;
-    const float* x_scales = x.scales + m * (x.padded / 32);
-    const float* x_sums = sums + m * (x.padded / Format::kGroupElems);
-    VecF acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = zero();
-    for (int64_t t = 0; t < tile_count; ++t) {
-      for (int r = 0; r < kRows; ++r) {
-        const Tile& tile = tiles[r * tile_count + t];
-        acc[r] = dot_tile<Format::kGroupElems>(tile.codes, codes + t * kTileElems, tile.scales,
-                                               x_scales + t * (kTileElems / 32), acc[r]);
-        for (int group = 0; group < kGroups<Format>; group += kLanes) {
-          acc[r] = fma(load_groups<kGroups<Format>>(tile.shifts + group),
-                       load_groups<kGroups<Format>>(x_sums + t * kGroups<Format> + group), acc[r]);
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const float bias = args.bias ? args.bias[n + r] : 0.0f;
-      args.out[m * args.n_total + n + r] = bias + reduce(acc[r]);
-    }
+  const uint8_t* block = weight.blocks + row / kTileRows * kTileRows * bytes;
+  block += kTileRows * row_bytes<Format>(k);
+  uint8_t canonical[kBlockBytes<Format>];
+  for (int64_t i = 0; i < elems; i += Format::kBlockElems) {
+    unpack_row_block<Format>(block, static_cast<int>(row % kTileRows), canonical);
+    dequantize<Format>(canonical, Format::kBlockElems, out + i);
+    block += kTileRows * kBlockBytes<Format>;
   }
 }
 
 template <class Format>
-void linear_int8(const LinearArgs& args, const Int8Rows& x, Tile* tiles) {
-  int64_t n = args.row_begin;
-  for (; n + kInt8Rows <= args.row_end; n += kInt8Rows) {
-    int8_rows<Format, kInt8Rows>(args, x, n, tiles);
-  }
-  for (; n < args.row_end; ++n) int8_rows<Format, 1>(args, x, n, tiles);
+void dequantize_row(const Weight& weight, int64_t row, float* out) {
+  dequantize_part<Format>(weight, row, 0, weight.k, out);
 }
-
-// ---- the transposed product --------------------------------------------------------------------
 
 // Sums over a panel's rows stay in registers and are added to the result once a panel: faster, and
 // the rounding error grows with the number of panels, not of rows.
 template <class Format>
-void linear_transposed(const float* grad, const void* blocks, int64_t n_total, int64_t k_total,
-                       int64_t m_begin, int64_t m_end, int64_t k_begin, int64_t k_end,
-                       float* grad_x) {
+void linear_transposed(const float* grad, const Weight& weight, int64_t m_begin, int64_t m_end,
+                       int64_t k_begin, int64_t k_end, float* grad_x) {
   constexpr int64_t kPanelRows = 16;
-  constexpr int kVectors = 4;  // accumulators that stay in registers over a panel's rows
+  constexpr int kVectors = 4;
   alignas(64) float panel[kPanelRows * kTileElems];
   for (int64_t m = m_begin; m < m_end; ++m) {
-    std::memset(grad_x + m * k_total + k_begin, 0, (k_end - k_begin) * sizeof(float));
+    std::memset(grad_x + m * weight.k + k_begin, 0, (k_end - k_begin) * sizeof(float));
   }
   for (int64_t k = k_begin; k < k_end; k += kTileElems) {
     const int64_t depth = min(kTileElems, k_end - k);
-    for (int64_t n = 0; n < n_total; n += kPanelRows) {
-      const int64_t rows = min(kPanelRows, n_total - n);
+    for (int64_t n = 0; n < weight.n; n += kPanelRows) {
+      const int64_t rows = min(kPanelRows, weight.n - n);
       for (int64_t r = 0; r < rows; ++r) {
-        dequantize<Format>(row_blocks<Format>(blocks, n + r, k_total) + k / Format::kBlockElems,
-                           depth, panel + r * kTileElems);
+        dequantize_part<Format>(weight, n + r, k, depth, panel + r * kTileElems);
       }
       for (int64_t m = m_begin; m < m_end; ++m) {
-        const float* scale = grad + m * n_total + n;
-        float* out = grad_x + m * k_total + k;
+        const float* scale = grad + m * weight.n + n;
+        float* out = grad_x + m * weight.k + k;
         int64_t i = 0;
         for (; i + kVectors * kLanes <= depth; i += kVectors * kLanes) {
           VecF acc[kVectors];
@@ -353,7 +167,470 @@ void linear_transposed(const float* grad, const void* blocks, int64_t n_total, i
   }
 }
 
-// ---- conversions -------------------------------------------------------------------------------
+// ---- the packed layout
+// ---------------------------------------------------------------------------
+
+// Packed and canonical bytes of a group overlap all over: the group is copied out, then written
+// back.
+template <class Format, bool kPack>
+void repack(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch) {
+  const int64_t bytes = row_bytes<Format>(k), group_bytes = kTileRows * bytes;
+  for (int64_t group = 0; group < groups; ++group, blocks += group_bytes) {
+    std::memcpy(scratch, blocks, group_bytes);
+    for (int64_t b = 0; b < k / Format::kBlockElems; ++b) {
+      const int64_t canonical = b * kBlockBytes<Format>, packed = kTileRows * canonical;
+      if (kPack) {
+        pack_block<Format>(scratch + canonical, bytes, kTileRows, blocks + packed);
+      } else {
+        unpack_block<Format>(scratch + packed, bytes, kTileRows, blocks + canonical);
+      }
+    }
+  }
+}
+
+struct Words {
+  uint32_t of_row[16];
+  uint32_t operator[](int row) const { return of_row[row]; }
+};
+
+template <class Format>
+struct ChunkStarts {
+  int at[kChunkCount<Format>] = {};
+  constexpr ChunkStarts() {
+    for (int i = 0; i < kChunkCount<Format>; ++i) at[i] = chunk_start<Format>(i);
+  }
+};
+
+// What formats read their packed blocks through; see registry.h.
+template <class Format>
+struct PackedRows {
+  const uint8_t* block;
+  int part;  // which kLineRows of the 16 rows line() and fifth_bits() give
+
+  static constexpr ChunkStarts<Format> kStarts{};
+
+  const uint8_t* chunk(int index) const { return block + kStarts.at[index]; }
+  Bytes line(int index) const { return load_bytes(chunk(index) + 16 * kLineRows * part); }
+  Bytes fifth_bits(int index) const { return bits_to_16(chunk(index) + 2 * kLineRows * part); }
+  static Bytes interleave(Bytes even, Bytes odd, int segment) {
+    return segment == 0 ? interleave_low(even, odd) : interleave_high(even, odd);
+  }
+  void halves(int index, float* out) const {
+    const auto* from = reinterpret_cast<const uint16_t*>(chunk(index));
+    for (int r = 0; r < 16; r += kLanes) store(out + r, load_half(from + r));
+  }
+  void floats(int index, float* out) const { std::memcpy(out, chunk(index), 64); }
+  Words words(int index) const {
+    Words words;
+    std::memcpy(&words, chunk(index), sizeof(words));
+    return words;
+  }
+};
+
+// 16 rows by 256 elements taken apart: four consecutive codes of a row to a lane.
+struct alignas(64) Panel {
+  uint8_t codes[kTileElems / 4][64];
+  float scales[16][16];  // [group][row]
+  float shifts[16][16];
+};
+
+template <class Format>
+void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
+  constexpr int kSegments = Format::kBlockElems / 16;
+  constexpr int kGroups = Format::kBlockElems / Format::kGroupElems;
+  for (int b = 0; b < blocks; ++b, tile += kTileRows * kBlockBytes<Format>) {
+#pragma GCC unroll 16
+    for (int segment = 0; segment < kSegments; ++segment) {
+      Bytes lines[16 / kLineRows];
+      for (int part = 0; part < 16 / kLineRows; ++part) {
+        lines[part] = Format::packed_codes(PackedRows<Format>{tile, part}, segment);
+      }
+      transpose_words(lines, panel.codes[(b * kSegments + segment) * 4]);
+    }
+    Format::packed_scales(PackedRows<Format>{tile, 0}, panel.scales + b * kGroups,
+                          panel.shifts + b * kGroups);
+  }
+}
+
+// A tile of 16 rows from `row` on at element k, packed: in place, or made in `buffer`, zeroed
+// before the first use where there are fewer rows. Asks for the bytes that the next tiles will
+// need.
+template <class Format>
+inline const uint8_t* packed_tile(const Weight& weight, int64_t row, int64_t k, uint8_t* buffer) {
+  const int64_t bytes = row_bytes<Format>(weight.k);
+  const uint8_t* group = weight.blocks + row * bytes;
+  if (in_packed_group<Format>(weight, row)) {
+    const uint8_t* tile = group + kTileRows * row_bytes<Format>(k);
+    for (int line = 0; line < kTileBytes<Format>; line += 64) {
+      __builtin_prefetch(tile + kPrefetchBytes + line);
+    }
+    return tile;
+  }
+  const int rows = static_cast<int>(min(kTileRows, weight.n - row));
+  const int64_t blocks = min(kTileElems, weight.k - k) / Format::kBlockElems;
+  for (int64_t b = 0; b < blocks; ++b) {
+    pack_block<Format>(group + row_bytes<Format>(k) + b * kBlockBytes<Format>, bytes, rows,
+                       buffer + b * kTileRows * kBlockBytes<Format>);
+  }
+  return buffer;
+}
+
+// ---- linear
+// --------------------------------------------------------------------------------------
+
+// The block of columns that column m is in: where it starts, how wide it is.
+struct ColumnBlock {
+  int64_t first;
+  int width;
+};
+
+inline ColumnBlock column_block(int64_t m, int64_t m_total, int width) {
+  const int64_t first = m / width * width;
+  return {first, static_cast<int>(min(width, m_total - first))};
+}
+
+inline int64_t tiles_of(int64_t k) { return (k + kTileElems - 1) / kTileElems; }
+
+// Runs over 16 weight rows at a time. begin_tile(weight row, k, elements) prepares a tile, and
+// columns(x of the block's tile, its width, sums) adds the tile's products to `sums`,
+// [column][row].
+template <class Format, class BeginTile, class Columns>
+inline void for_each_tile(const LinearArgs& args, int words, int max_width, float* sums,
+                          const BeginTile& begin_tile, const Columns& columns) {
+  const auto* x = static_cast<const uint32_t*>(args.x);
+  const int64_t k_total = args.weight.k, tiles = tiles_of(k_total);
+  alignas(64) uint8_t buffer[kTileBytes<Format>] = {};
+  for (int64_t row = args.row_begin; row < args.row_end; row += kTileRows) {
+    const int rows = static_cast<int>(min(kTileRows, args.row_end - row));
+    if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
+    for (int64_t m = 0; m < args.m; ++m) {
+      for (int r = 0; r < kTileRows; ++r) {
+        sums[m * kTileRows + r] = args.bias && r < rows ? args.bias[row + r] : 0.0f;
+      }
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t k = t * kTileElems;
+      const int elems = static_cast<int>(min(kTileElems, k_total - k));
+      begin_tile(packed_tile<Format>(args.weight, row, k, buffer), elems);
+      for (int64_t m = 0; m < args.m; m += max_width) {
+        const int width = static_cast<int>(min(max_width, args.m - m));
+        columns(x + (m * tiles + t * width) * words, width, elems, sums + m * kTileRows);
+      }
+    }
+    for (int64_t m = 0; m < args.m; ++m) {
+      std::memcpy(args.out + m * args.weight.n + row, sums + m * kTileRows, rows * sizeof(float));
+    }
+  }
+}
+
+// Calls body with the width as a compile-time constant, 1 to kMax.
+template <int kMax, class Body>
+inline void with_width(int width, const Body& body) {
+  if constexpr (kMax > 1) {
+    if (width < kMax) return with_width<kMax - 1>(width, body);
+  }
+  body(std::integral_constant<int, kMax>());
+}
+
+// ---- exact ----
+
+template <class Format>
+constexpr int exact_center() {
+  return Format::kHasShift ? 1 << (Format::kCodeBits - 1) : Format::kOffset;
+}
+
+template <class Format>
+void prepare_exact(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
+  const ColumnBlock block = column_block(m, m_total, kExactColumns);
+  const int64_t tiles = tiles_of(k);
+  float* to = static_cast<float*>(out) + block.first * tiles * kExactWords + (m - block.first);
+  for (int64_t t = 0; t < tiles; ++t, to += kExactWords * block.width) {
+    const float* from = x + t * kTileElems;
+    const int elems = static_cast<int>(min(kTileElems, k - t * kTileElems));
+    for (int i = 0; i < elems; ++i) to[i * block.width] = from[i];
+    for (int group = 0; group < elems / Format::kGroupElems; ++group) {
+      float sum = 0;
+      for (int i = 0; i < Format::kGroupElems; ++i) sum += from[group * Format::kGroupElems + i];
+      to[(kExactSums + group) * block.width] = sum;
+    }
+  }
+}
+
+// What of a format the products below depend on: formats alike in it share their code.
+template <int kGroupElemsOf, bool kHasShiftOf, int kCodeBitsOf, int kOffsetOf>
+struct Shape {
+  static constexpr int kGroupElems = kGroupElemsOf;
+  static constexpr bool kHasShift = kHasShiftOf;
+  static constexpr int kCodeBits = kCodeBitsOf;
+  static constexpr int kOffset = kOffsetOf;
+};
+template <class Format>
+using ExactShape =
+    Shape<Format::kGroupElems, Format::kHasShift, Format::kCodeBits, Format::kOffset>;
+
+// With w = s (q - c) + (t + c s) in a group, sum x w = s sum x (q - c) + (t + c s) sum x: codes are
+// multiplied as they are, and scales come in once a group. The center c keeps the sums small.
+template <class Format, int kWidth>
+void grouped_columns(const Panel& panel, const float* x, int elems, float* sums) {
+  constexpr int kCenter = exact_center<Format>();
+  constexpr int kWords = Format::kGroupElems / 4;
+  VecF acc[kWidth][kRowVectors];
+  for (int c = 0; c < kWidth; ++c) {
+    for (int r = 0; r < kRowVectors; ++r) acc[c][r] = load(sums + c * 16 + r * kLanes);
+  }
+  for (int group = 0; group < elems / Format::kGroupElems; ++group) {
+    VecF partial[kWidth][kRowVectors];
+    for (int c = 0; c < kWidth; ++c) {
+      for (int r = 0; r < kRowVectors; ++r) partial[c][r] = zero();
+    }
+#pragma GCC unroll 8
+    for (int word = 0; word < kWords; ++word) {
+      const uint8_t* codes = panel.codes[group * kWords + word];
+      const float* from = x + (group * kWords + word) * 4 * kWidth;
+      const auto accumulate = [&](auto index) {
+        constexpr int kByte = decltype(index)::value;
+        for (int r = 0; r < kRowVectors; ++r) {
+          const VecF code =
+              byte_to_float<kByte, kCenter, Format::kCodeBits>(load_words(codes + 4 * kLanes * r));
+          for (int c = 0; c < kWidth; ++c) {
+            partial[c][r] = fma(code, broadcast(from[kByte * kWidth + c]), partial[c][r]);
+          }
+        }
+      };
+      accumulate(std::integral_constant<int, 0>());
+      accumulate(std::integral_constant<int, 1>());
+      accumulate(std::integral_constant<int, 2>());
+      accumulate(std::integral_constant<int, 3>());
+    }
+    for (int r = 0; r < kRowVectors; ++r) {
+      const VecF scale = load(panel.scales[group] + r * kLanes);
+      for (int c = 0; c < kWidth; ++c) acc[c][r] = fma(scale, partial[c][r], acc[c][r]);
+      if constexpr (Format::kHasShift) {
+        const VecF shift =
+            fma(scale, broadcast(float{kCenter}), load(panel.shifts[group] + r * kLanes));
+        for (int c = 0; c < kWidth; ++c) {
+          const VecF sum = broadcast(x[(kExactSums + group) * kWidth + c]);
+          acc[c][r] = fma(shift, sum, acc[c][r]);
+        }
+      }
+    }
+  }
+  for (int c = 0; c < kWidth; ++c) {
+    for (int r = 0; r < kRowVectors; ++r) store(sums + c * 16 + r * kLanes, acc[c][r]);
+  }
+}
+
+// A panel's dequantised weights, [element][row].
+template <class Format>
+void dequantize_panel(const Panel& panel, int elems, float* weights) {
+  for (int word = 0; word < elems / 4; ++word) {
+    const int group = word * 4 / Format::kGroupElems;
+    for (int r = 0; r < kRowVectors; ++r) {
+      const VecI codes = load_words(panel.codes[word] + 4 * kLanes * r);
+      const VecF scale = load(panel.scales[group] + r * kLanes);
+      const auto put = [&](auto index) {
+        constexpr int kByte = decltype(index)::value;
+        VecF weight = mul(scale, byte_to_float<kByte, Format::kOffset, Format::kCodeBits>(codes));
+        if constexpr (Format::kHasShift) {
+          weight = add(weight, load(panel.shifts[group] + r * kLanes));
+        }
+        store(weights + (word * 4 + kByte) * 16 + r * kLanes, weight);
+      };
+      put(std::integral_constant<int, 0>());
+      put(std::integral_constant<int, 1>());
+      put(std::integral_constant<int, 2>());
+      put(std::integral_constant<int, 3>());
+    }
+  }
+}
+
+// Sums of 64 elements start from zero and are added to the rest: two levels, so that the rounding
+// error grows with 64 and with K / 64, not with K.
+template <int kWidth>
+void dense_columns(const float* weights, const float* x, int elems, float* sums) {
+  constexpr int kRun = 64;
+  for (int start = 0; start < elems; start += kRun) {
+    const int end = min_int(start + kRun, elems);
+    VecF acc[kWidth][kRowVectors];
+    for (int c = 0; c < kWidth; ++c) {
+      for (int r = 0; r < kRowVectors; ++r) acc[c][r] = zero();
+    }
+    for (int i = start; i < end; ++i) {
+      VecF weight[kRowVectors];
+      for (int r = 0; r < kRowVectors; ++r) weight[r] = load(weights + i * 16 + r * kLanes);
+      for (int c = 0; c < kWidth; ++c) {
+        const VecF value = broadcast(x[i * kWidth + c]);
+        for (int r = 0; r < kRowVectors; ++r) acc[c][r] = fma(weight[r], value, acc[c][r]);
+      }
+    }
+    for (int c = 0; c < kWidth; ++c) {
+      for (int r = 0; r < kRowVectors; ++r) {
+        float* sum = sums + c * 16 + r * kLanes;
+        store(sum, add(load(sum), acc[c][r]));
+      }
+    }
+  }
+}
+
+template <class Format>
+void linear_exact(const LinearArgs& args, float* sums) {
+  Panel panel;
+  if (args.m <= kGroupedColumns) {
+    for_each_tile<Format>(
+        args, kExactWords, kExactColumns, sums,
+        [&](const uint8_t* tile, int elems) {
+          unpack_panel<Format>(tile, elems / Format::kBlockElems, panel);
+        },
+        [&](const uint32_t* x, int width, int elems, float* to) {
+          with_width<min_int(kGroupedColumns, kExactColumns)>(width, [&](auto constant) {
+            grouped_columns<ExactShape<Format>, decltype(constant)::value>(
+                panel, reinterpret_cast<const float*>(x), elems, to);
+          });
+        });
+    return;
+  }
+  alignas(64) float weights[kTileElems * kTileRows];
+  for_each_tile<Format>(
+      args, kExactWords, kExactColumns, sums,
+      [&](const uint8_t* tile, int elems) {
+        unpack_panel<Format>(tile, elems / Format::kBlockElems, panel);
+        dequantize_panel<ExactShape<Format>>(panel, elems, weights);
+      },
+      [&](const uint32_t* x, int width, int elems, float* to) {
+        with_width<kExactColumns>(width, [&](auto constant) {
+          dense_columns<decltype(constant)::value>(weights, reinterpret_cast<const float*>(x),
+                                                   elems, to);
+        });
+      });
+}
+
+// ---- int8 ----
+
+// Codes that dot4 cannot take as they are have their offset taken off inside the product.
+template <class Format>
+constexpr bool kSignedProducts = Format::kCodeBits == 8 && !kWideProducts;
+
+// code = round(x * 127 / max|x|) of each 32 elements, ties to even.
+template <class Format>
+void prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
+  constexpr int kOffset = kSignedProducts<Format> ? 0 : Format::kOffset;
+  const ColumnBlock block = column_block(m, m_total, kInt8Columns);
+  const int64_t tiles = tiles_of(k);
+  auto* to = static_cast<uint32_t*>(out) + block.first * tiles * kInt8Words + (m - block.first);
+  for (int64_t t = 0; t < tiles; ++t, to += kInt8Words * block.width) {
+    const int elems = static_cast<int>(min(kTileElems, k - t * kTileElems));
+    for (int start = 0; start < elems; start += 32) {
+      const float* from = x + t * kTileElems + start;
+      float largest = 0.0f;
+      int finite = 1;
+      for (int i = 0; i < 32; ++i) {
+        const float magnitude = __builtin_fabsf(from[i]);
+        largest = magnitude > largest ? magnitude : largest;
+        finite &= magnitude <= 3.402823466e+38f;
+      }
+      // An infinity or a NaN makes the group's scale NaN, so that it reaches the result.
+      const float scale = finite ? largest / 127.0f : __builtin_nanf("");
+      // A subnormal scale has no finite inverse; such a group is zero to within 1e-38.
+      const float inverse = finite && scale > 1.2e-38f ? 1.0f / scale : 0.0f;
+      int32_t codes[32];
+      if (inverse != 0.0f) {
+        for (int i = 0; i < 32; ++i) {
+          // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
+          const float shifted = from[i] * inverse + 12582912.0f;
+          codes[i] = static_cast<int32_t>(float_to_bits(shifted)) - 0x4B400000;
+        }
+      } else {
+        std::memset(codes, 0, sizeof(codes));
+      }
+      for (int i = 0; i < 8; ++i) {
+        const int32_t* four = codes + 4 * i;
+        to[(start / 4 + i) * block.width] = (four[0] & 0xFF) | (four[1] & 0xFF) << 8 |
+                                            (four[2] & 0xFF) << 16 |
+                                            static_cast<uint32_t>(four[3] & 0xFF) << 24;
+      }
+      to[(kInt8Scales + start / 32) * block.width] = float_to_bits(scale);
+      for (int i = 0; i < 32; i += Format::kGroupElems) {
+        int32_t sum = 0;
+        for (int j = 0; j < Format::kGroupElems; ++j) sum += codes[i + j];
+        const int group = (start + i) / Format::kGroupElems;
+        to[(kInt8Starts + group) * block.width] = static_cast<uint32_t>(-kOffset * sum);
+        to[(kInt8Sums + group) * block.width] = float_to_bits(scale * static_cast<float>(sum));
+      }
+    }
+  }
+}
+
+// With x = xs a and w = s (q - o) + t in a group,
+//   sum x w = (xs s) (sum a q - o sum a) + t (xs sum a):
+// an integer product whose sum starts at -o sum a, and for formats with a shift one more term.
+// dot4_signed serves formats whose codes have 8 bits, where dot4 cannot: Shape's kCodeBits says.
+template <class Format>
+using Int8Shape = Shape<Format::kGroupElems, Format::kHasShift, kSignedProducts<Format> ? 8 : 0, 0>;
+
+template <class Format, int kWidth>
+void int8_columns(const Panel& panel, const uint32_t* x, int elems, float* sums) {
+  constexpr int kWords = Format::kGroupElems / 4;
+  VecF acc[kWidth][kRowVectors];
+  for (int c = 0; c < kWidth; ++c) {
+    for (int r = 0; r < kRowVectors; ++r) acc[c][r] = load(sums + c * 16 + r * kLanes);
+  }
+  for (int group = 0; group < elems / Format::kGroupElems; ++group) {
+    VecI partial[kWidth][kRowVectors];
+    for (int c = 0; c < kWidth; ++c) {
+      const VecI start = broadcast_word(x[(kInt8Starts + group) * kWidth + c]);
+      for (int r = 0; r < kRowVectors; ++r) partial[c][r] = start;
+    }
+#pragma GCC unroll 8
+    for (int word = 0; word < kWords; ++word) {
+      const uint8_t* codes = panel.codes[group * kWords + word];
+      const uint32_t* from = x + (group * kWords + word) * kWidth;
+      VecI code[kRowVectors];
+      for (int r = 0; r < kRowVectors; ++r) code[r] = load_words(codes + 4 * kLanes * r);
+      for (int c = 0; c < kWidth; ++c) {
+        const VecI value = broadcast_word(from[c]);
+        for (int r = 0; r < kRowVectors; ++r) {
+          partial[c][r] = Format::kCodeBits == 8 ? dot4_signed(partial[c][r], code[r], value)
+                                                 : dot4(partial[c][r], code[r], value);
+        }
+      }
+    }
+    for (int c = 0; c < kWidth; ++c) {
+      const VecF x_scale = broadcast(
+          bits_to_float(x[(kInt8Scales + group * Format::kGroupElems / 32) * kWidth + c]));
+      for (int r = 0; r < kRowVectors; ++r) {
+        const VecF scale = mul(load(panel.scales[group] + r * kLanes), x_scale);
+        acc[c][r] = fma(scale, to_float(partial[c][r]), acc[c][r]);
+      }
+      if constexpr (Format::kHasShift) {
+        const VecF sum = broadcast(bits_to_float(x[(kInt8Sums + group) * kWidth + c]));
+        for (int r = 0; r < kRowVectors; ++r) {
+          acc[c][r] = fma(load(panel.shifts[group] + r * kLanes), sum, acc[c][r]);
+        }
+      }
+    }
+  }
+  for (int c = 0; c < kWidth; ++c) {
+    for (int r = 0; r < kRowVectors; ++r) store(sums + c * 16 + r * kLanes, acc[c][r]);
+  }
+}
+
+template <class Format>
+void linear_int8(const LinearArgs& args, float* sums) {
+  Panel panel;
+  for_each_tile<Format>(
+      args, kInt8Words, kInt8Columns, sums,
+      [&](const uint8_t* tile, int elems) {
+        unpack_panel<Format>(tile, elems / Format::kBlockElems, panel);
+      },
+      [&](const uint32_t* x, int width, int elems, float* to) {
+        with_width<kInt8Columns>(width, [&](auto constant) {
+          int8_columns<Int8Shape<Format>, decltype(constant)::value>(panel, x, elems, to);
+        });
+      });
+}
+
+// ---- conversions
+// ---------------------------------------------------------------------------------
 
 void half_to_float_array(const uint16_t* from, float* to, int64_t count) {
   int64_t i = 0;
@@ -383,14 +660,17 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
 
 template <class Format>
 constexpr FormatKernels format_kernels() {
-  return {dequantize<Format>, linear_exact<Format>, linear_int8<Format>, linear_transposed<Format>};
+  return {dequantize<Format>,    dequantize_row<Format>, repack<Format, true>,
+          repack<Format, false>, prepare_exact<Format>,  prepare_int8<Format>,
+          linear_exact<Format>,  linear_int8<Format>,    linear_transposed<Format>};
 }
 
 constexpr Kernels kernel_table(const char* isa) {
 #define TORCH_Q4_ENTRY(Format) format_kernels<Format>(),
   return {isa,
+          {kExactColumns, kExactWords},
+          {kInt8Columns, kInt8Words},
           {TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)},
-          quantize_int8,
           half_to_float_array,
           float_to_half_array,
           bfloat16_to_float_array,

@@ -1,100 +1,121 @@
-#include <memory>
-
 #include "common.h"
 
 namespace torch_q4::cpu {
 namespace {
 
-// x quantised for the int8 arithmetic, in one piece of memory from torch's allocator.
-class Int8Activations {
- public:
-  Int8Activations(const float* x, int64_t m, int64_t k) {
-    rows_.padded = (k + 255) / 256 * 256;
-    const int64_t row_bytes = rows_.padded * (1 + 4 / 32. + 4 / 16. + 4 / 32.);
-    storage_ = empty({m * row_bytes + 64}, ScalarType::Byte);
-    auto* next = static_cast<char*>(storage_.mutable_data_ptr());
-    const auto take = [&](int64_t bytes) { return std::exchange(next, next + m * bytes); };
-    rows_.scales = reinterpret_cast<float*>(take(rows_.padded / 32 * 4));
-    rows_.sums16 = reinterpret_cast<float*>(take(rows_.padded / 16 * 4));
-    rows_.sums32 = reinterpret_cast<float*>(take(rows_.padded / 32 * 4));
-    rows_.codes = reinterpret_cast<int8_t*>(take(rows_.padded));
-    parallel_for(0, m, grain(k), [&](int64_t begin, int64_t end) {
+// From so many rows of x on, exact products go through torch's own matrix product: by then it costs
+// little to dequantise a panel of the weight first, and no kernel of ours is faster on float32.
+constexpr int64_t kBlasRows = 96;
+constexpr int64_t kBlasPanelBytes = 16 << 20;  // of dequantised weight at a time
+
+using Prepare = void (*)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+
+// x as the kernels read it, in memory from torch's allocator.
+Tensor prepare(const float* x, int64_t m, int64_t k, const ActivationLayout& layout, Prepare run) {
+  const int64_t tiles = (k + kTileElems - 1) / kTileElems;
+  Tensor out = empty({m * tiles * layout.words}, ScalarType::Float);
+  void* to = out.mutable_data_ptr();
+  parallel_for(0, m, grain(k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) run(x + row * k, k, row, m, to);
+  });
+  return out;
+}
+
+// out = x @ W.T + bias by dequantised panels of W; all float32.
+void linear_by_panels(const Tensor& x, const Weight& weight, const FormatKernels& kernel,
+                      const float* bias, int64_t m, Tensor& out) {
+  const Tensor rows = torch::stable::view(x, {m, weight.k});
+  Tensor result = torch::stable::view(out, {m, weight.n});
+  const int64_t panel_rows =
+      std::min(weight.n, std::max<int64_t>(16, kBlasPanelBytes / (weight.k * 4)));
+  const Tensor panel = empty({panel_rows, weight.k}, ScalarType::Float);
+  auto* values = static_cast<float*>(panel.mutable_data_ptr());
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  for (int64_t start = 0; start < weight.n; start += panel_rows) {
+    const int64_t count = std::min(panel_rows, weight.n - start);
+    parallel_for(0, count, grain(weight.k), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        kernel.dequantize_row(weight, start + r, values + r * weight.k);
+      }
+    });
+    Tensor used = torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count);
+    const Tensor product = torch::stable::matmul(rows, torch::stable::transpose(used, 0, 1));
+    const auto* from = static_cast<const float*>(product.const_data_ptr());
+    parallel_for(0, m, grain(count), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        kernels().quantize_int8(x + row * k, k, row, rows_);
+        const float* source = from + row * count;
+        float* target = to + row * weight.n + start;
+        if (bias == nullptr) {
+          std::memcpy(target, source, count * sizeof(float));
+        } else {
+          for (int64_t n = 0; n < count; ++n) target[n] = source[n] + bias[start + n];
+        }
       }
     });
   }
-
-  const Int8Rows& rows() const { return rows_; }
-
- private:
-  Tensor storage_;
-  Int8Rows rows_;
-};
+}
 
 Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::optional<Tensor> bias,
-              std::string compute) {
+              std::string compute, bool packed) {
   const FormatInfo format = check_linear(x, blocks, format_id, bias, compute);
-  const Tensor weight = as_blocks(blocks), source = as_float(x);
+  const Tensor weight_blocks = as_contiguous(blocks), source = as_float(x);
   const Tensor bias_float = bias ? as_float(*bias) : Tensor();
   std::vector<int64_t> shape = shape_of(x);
   LinearArgs args;
+  args.weight = as_weight(weight_blocks, format, packed);
   args.m = leading(shape);
-  args.k = shape.back();
-  args.n_total = shape.back() = weight.size(0);
+  shape.back() = args.weight.n;
   Tensor out = empty(shape, ScalarType::Float);
-  args.blocks = weight.const_data_ptr();
   args.bias = bias ? static_cast<const float*>(bias_float.const_data_ptr()) : nullptr;
   args.out = static_cast<float*>(out.mutable_data_ptr());
   if (out.numel() == 0) return in_dtype(out, x.scalar_type());
 
-  const auto* activations = static_cast<const float*>(source.const_data_ptr());
+  const bool exact = compute == "exact";
   const FormatKernels& kernel = kernels().formats[format.index];
-  const auto over_rows = [&](const auto& body) {
-    parallel_for(0, args.n_total, grain(args.m * args.k), [&](int64_t begin, int64_t end) {
-      LinearArgs part = args;
-      part.row_begin = begin;
-      part.row_end = end;
-      body(part);
-    });
-  };
-  if (compute == "int8") {
-    const Int8Activations quantized(activations, args.m, args.k);
-    const Int8Rows& rows = quantized.rows();
-    over_rows([&](const LinearArgs& part) {
-      const auto scratch = std::make_unique<Tile[]>(kInt8Rows * rows.padded / kTileElems);
-      kernel.linear_int8(part, rows, scratch.get());
-    });
-  } else {
-    over_rows([&](const LinearArgs& part) { kernel.linear_exact(part, activations); });
+  if (exact && args.m >= kBlasRows && args.weight.k > 0) {
+    linear_by_panels(source, args.weight, kernel, args.bias, args.m, out);
+    return in_dtype(out, x.scalar_type());
   }
+  const int64_t k = args.weight.k;
+  const Tensor activations = prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
+                                     exact ? kernels().exact : kernels().int8,
+                                     exact ? kernel.prepare_exact : kernel.prepare_int8);
+  args.x = activations.const_data_ptr();
+  const auto run = exact ? kernel.linear_exact : kernel.linear_int8;
+  const int64_t groups = (args.weight.n + 15) / 16;
+  parallel_for(0, groups, grain(16 * args.m * k), [&](int64_t begin, int64_t end) {
+    LinearArgs part = args;
+    part.row_begin = begin * 16;
+    part.row_end = std::min(end * 16, args.weight.n);
+    std::vector<float> sums(16 * args.m);
+    run(part, sums.data());
+  });
   return in_dtype(out, x.scalar_type());
 }
 
-Tensor linear_transposed(const Tensor& grad, const Tensor& blocks, int64_t format_id) {
+Tensor linear_transposed(const Tensor& grad, const Tensor& blocks, int64_t format_id, bool packed) {
   const FormatInfo format = check_linear_transposed(grad, blocks, format_id);
-  const Tensor weight = as_blocks(blocks), source = as_float(grad);
+  const Tensor weight_blocks = as_contiguous(blocks), source = as_float(grad);
+  const Weight weight = as_weight(weight_blocks, format, packed);
   std::vector<int64_t> shape = shape_of(grad);
-  const int64_t m = leading(shape), n = weight.size(0);
-  const int64_t k = weight.size(1) / format.block_bytes * format.block_elems;
+  const int64_t m = leading(shape), k = weight.k;
   shape.back() = k;
   Tensor out = empty(shape, ScalarType::Float);
   if (out.numel() == 0) return in_dtype(out, grad.scalar_type());
 
   const auto* from = static_cast<const float*>(source.const_data_ptr());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
-  const void* bytes = weight.const_data_ptr();
-  const auto kernel = kernels().formats[format.index].linear_transposed;
+  const auto run = kernels().formats[format.index].linear_transposed;
   // A unit is 256 elements of K for 64 rows: the weights of its panel are unpacked once for all.
-  constexpr int64_t kUnitElems = 256, kUnitRows = 64;
+  constexpr int64_t kUnitElems = kTileElems, kUnitRows = 64;
   const int64_t columns = (k + kUnitElems - 1) / kUnitElems;
   const int64_t units = columns * ((m + kUnitRows - 1) / kUnitRows);
-  parallel_for(0, units, grain(kUnitElems * n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, grain(kUnitElems * weight.n), [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t k_begin = unit % columns * kUnitElems;
       const int64_t m_begin = unit / columns * kUnitRows;
-      kernel(from, bytes, n, k, m_begin, std::min(m, m_begin + kUnitRows), k_begin,
-             std::min(k, k_begin + kUnitElems), to);
+      run(from, weight, m_begin, std::min(m, m_begin + kUnitRows), k_begin,
+          std::min(k, k_begin + kUnitElems), to);
     }
   });
   return in_dtype(out, grad.scalar_type());

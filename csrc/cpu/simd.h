@@ -3,12 +3,16 @@
 //
 // Include only from kernels_impl.h: its includer puts all of this into a namespace of its own, so
 // that the linker can never merge an AVX-512 copy of an inline function into baseline code.
+//
+//   VecF, VecI          kLanes floats, kLanes 32-bit integers; 16 rows are kRowVectors of them
+//   Bytes               one 16-byte chunk of kLineRows rows
+//   dot4(acc, a, b)     acc + four products a lane, a unsigned bytes, b signed ones
+//   dot4_signed         the same with codes that have 128 added, taken off: for q8_0 (see there)
 #pragma once
 
 #include <cstdint>
 
 #include "../../kernels/portability.h"
-#include "kernels.h"
 
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -16,13 +20,12 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-using torch_q4::cpu::kTileElems;
-
 #if defined(__AVX512VNNI__)
 
 constexpr int kLanes = 16;
-constexpr int kMicroRows = 4, kMicroColumns = 6;  // 24 accumulators of 32 registers
 using VecF = __m512;
+using VecI = __m512i;
+
 inline VecF zero() { return _mm512_setzero_ps(); }
 inline VecF broadcast(float value) { return _mm512_set1_ps(value); }
 inline VecF load(const float* from) { return _mm512_loadu_ps(from); }
@@ -30,16 +33,6 @@ inline void store(float* to, VecF value) { _mm512_storeu_ps(to, value); }
 inline VecF add(VecF a, VecF b) { return _mm512_add_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm512_mul_ps(a, b); }
 inline VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
-inline float reduce(VecF value) { return _mm512_reduce_add_ps(value); }
-
-// 16 codes less their offset, as floats: exact, since both are small integers.
-template <int kOffset>
-inline VecF load_codes(const uint8_t* from) {
-  __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  if constexpr (kOffset != 0) wide = _mm512_sub_epi32(wide, _mm512_set1_epi32(kOffset));
-  return _mm512_cvtepi32_ps(wide);
-}
-
 inline VecF load_half(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
@@ -48,43 +41,79 @@ inline void store_half(uint16_t* to, VecF value) {
                       _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// kGroups floats, one per group of a tile, the other lanes zero.
-template <int kGroups>
-inline VecF load_groups(const float* from) {
-  if constexpr (kGroups == 16) return load(from);
-  return _mm512_zextps256_ps512(_mm256_loadu_ps(from));
+inline VecI load_words(const void* from) { return _mm512_load_si512(from); }
+inline VecI broadcast_word(int32_t word) { return _mm512_set1_epi32(word); }
+inline VecF to_float(VecI value) { return _mm512_cvtepi32_ps(value); }
+inline VecI dot4(VecI acc, VecI a, VecI b) { return _mm512_dpbusd_epi32(acc, a, b); }
+constexpr bool kWideProducts = true;  // dot4 is exact for all bytes
+
+// Byte kIndex of each word, a code of kBits bits, less kOffset, as a float. Codes of up to five
+// bits are looked up: a permutation reads just that many bits of each word, so nothing masks the
+// rest.
+template <int kIndex, int kOffset, int kBits>
+inline VecF byte_to_float(VecI words) {
+  __m512i value = kIndex == 0 ? words : _mm512_srli_epi32(words, 8 * kIndex);
+  if constexpr (kBits <= 5) {
+    const __m512 first =
+        _mm512_setr_ps(0 - kOffset, 1 - kOffset, 2 - kOffset, 3 - kOffset, 4 - kOffset, 5 - kOffset,
+                       6 - kOffset, 7 - kOffset, 8 - kOffset, 9 - kOffset, 10 - kOffset,
+                       11 - kOffset, 12 - kOffset, 13 - kOffset, 14 - kOffset, 15 - kOffset);
+    if constexpr (kBits <= 4) return _mm512_permutexvar_ps(value, first);
+    const __m512 second = _mm512_add_ps(first, _mm512_set1_ps(16.0f));
+    return _mm512_permutex2var_ps(first, value, second);
+  }
+  if constexpr (kIndex < 3) value = _mm512_and_si512(value, _mm512_set1_epi32(0xFF));
+  if constexpr (kOffset != 0) value = _mm512_sub_epi32(value, _mm512_set1_epi32(kOffset));
+  return _mm512_cvtepi32_ps(value);
 }
 
-// acc + sum over the tile's groups of weight_scale * x_scale * sum(code * x), codes unsigned, x
-// signed. x has a scale per 32 elements, the weights one per kGroupElems. vpdpbusd sums four
-// products a lane, so a group of 16 is four lanes and one of 32 is eight.
-template <int kGroupElems>
-inline VecF dot_tile(const uint8_t* codes, const int8_t* x, const float* weight_scales,
-                     const float* x_scales, VecF acc) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512 x_scale = load_groups<8>(x_scales);
-  if constexpr (kGroupElems == 16) {
-    x_scale = _mm512_permutexvar_ps(_mm512_srli_epi32(lane, 1), x_scale);
-  }
-  const __m512 scales =
-      _mm512_mul_ps(load_groups<kTileElems / kGroupElems>(weight_scales), x_scale);
-  const __m512i group = _mm512_srli_epi32(lane, kGroupElems == 16 ? 2 : 3);
-#pragma GCC unroll 4
-  for (int chunk = 0; chunk < kTileElems / 64; ++chunk) {
-    const __m512i sums =
-        _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(codes + 64 * chunk),
-                            _mm512_loadu_si512(x + 64 * chunk));
-    const __m512i index = _mm512_add_epi32(group, _mm512_set1_epi32(chunk * (64 / kGroupElems)));
-    acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_permutexvar_ps(index, scales), acc);
-  }
-  return acc;
+struct Bytes {
+  __m512i v;
+};
+constexpr int kLineRows = 4;
+inline Bytes load_bytes(const uint8_t* from) { return {_mm512_loadu_si512(from)}; }
+inline Bytes operator&(Bytes a, int mask) {
+  return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+inline Bytes operator|(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Bytes operator^(Bytes a, int mask) {
+  return {_mm512_xor_si512(a.v, _mm512_set1_epi8(static_cast<char>(mask)))};
+}
+// Shifts are of 16-bit words: the mask takes off what came over from the neighbouring byte.
+inline Bytes operator>>(Bytes a, int bits) {
+  return Bytes{_mm512_srli_epi16(a.v, static_cast<unsigned>(bits))} & (0xFF >> bits);
+}
+inline Bytes operator<<(Bytes a, int bits) {
+  return Bytes{_mm512_slli_epi16(a.v, static_cast<unsigned>(bits))} & (0xFF << bits & 0xFF);
+}
+inline Bytes interleave_low(Bytes a, Bytes b) { return {_mm512_unpacklo_epi8(a.v, b.v)}; }
+inline Bytes interleave_high(Bytes a, Bytes b) { return {_mm512_unpackhi_epi8(a.v, b.v)}; }
+
+// 16 in each byte whose bit is set: 16 bits, two bytes, a row.
+inline Bytes bits_to_16(const uint8_t* bits) {
+  uint64_t mask;
+  std::memcpy(&mask, bits, sizeof(mask));
+  return {_mm512_maskz_set1_epi8(mask, 16)};
+}
+
+// 16 rows of 16 bytes to four vectors of 16 rows by four bytes: word q of row r to out[64 q + 4 r].
+inline void transpose_words(const Bytes* in, uint8_t* out) {
+  const __m512i low01 = _mm512_unpacklo_epi32(in[0].v, in[1].v);
+  const __m512i high01 = _mm512_unpackhi_epi32(in[0].v, in[1].v);
+  const __m512i low23 = _mm512_unpacklo_epi32(in[2].v, in[3].v);
+  const __m512i high23 = _mm512_unpackhi_epi32(in[2].v, in[3].v);
+  _mm512_store_si512(out, _mm512_unpacklo_epi64(low01, low23));
+  _mm512_store_si512(out + 64, _mm512_unpackhi_epi64(low01, low23));
+  _mm512_store_si512(out + 128, _mm512_unpacklo_epi64(high01, high23));
+  _mm512_store_si512(out + 192, _mm512_unpackhi_epi64(high01, high23));
 }
 
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
-constexpr int kMicroRows = 4, kMicroColumns = 3;  // 12 accumulators of 16 registers
 using VecF = __m256;
+using VecI = __m256i;
+
 inline VecF zero() { return _mm256_setzero_ps(); }
 inline VecF broadcast(float value) { return _mm256_set1_ps(value); }
 inline VecF load(const float* from) { return _mm256_loadu_ps(from); }
@@ -92,19 +121,6 @@ inline void store(float* to, VecF value) { _mm256_storeu_ps(to, value); }
 inline VecF add(VecF a, VecF b) { return _mm256_add_ps(a, b); }
 inline VecF mul(VecF a, VecF b) { return _mm256_mul_ps(a, b); }
 inline VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
-inline float reduce(VecF value) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-
-template <int kOffset>
-inline VecF load_codes(const uint8_t* from) {
-  __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  if constexpr (kOffset != 0) wide = _mm256_sub_epi32(wide, _mm256_set1_epi32(kOffset));
-  return _mm256_cvtepi32_ps(wide);
-}
-
 inline VecF load_half(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -113,46 +129,89 @@ inline void store_half(uint16_t* to, VecF value) {
                    _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// kGroups floats, one per group of a tile; this many lanes divide both counts.
-template <int kGroups>
-inline VecF load_groups(const float* from) {
-  return load(from);
+inline VecI load_words(const void* from) {
+  return _mm256_load_si256(static_cast<const __m256i*>(from));
+}
+inline VecI broadcast_word(int32_t word) { return _mm256_set1_epi32(word); }
+inline VecF to_float(VecI value) { return _mm256_cvtepi32_ps(value); }
+#if defined(__AVXVNNI__)
+inline VecI dot4(VecI acc, VecI a, VecI b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
+constexpr bool kWideProducts = true;
+#else
+// vpmaddubsw saturates its 16-bit pair sums at 32767: codes must be at most 128.
+inline VecI dot4(VecI acc, VecI a, VecI b) {
+  const __m256i pairs = _mm256_maddubs_epi16(a, b);
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+constexpr bool kWideProducts = false;
+#endif
+// For codes up to 255: with w = code - 128, |w| * (sign(w) * x) is w * x, and |w| is at most 128.
+inline VecI dot4_signed(VecI acc, VecI a, VecI b) {
+  const __m256i w = _mm256_xor_si256(a, _mm256_set1_epi8(-128));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(b, w));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-template <int kGroupElems>
-inline VecF dot_tile(const uint8_t* codes, const int8_t* x, const float* weight_scales,
-                     const float* x_scales, VecF acc) {
-  const __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 8
-  for (int chunk = 0; chunk < kTileElems / 32; ++chunk) {
-    const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * chunk));
-    const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * chunk));
-    // vpmaddubsw saturates its 16-bit pair sums, which codes up to 255 would reach: take the
-    // codes' low seven bits first, then the top bit, which is worth 128 where it is set.
-    const __m256i low = _mm256_and_si256(code, _mm256_set1_epi8(127));
-    __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(low, value), ones);
-    if constexpr (kGroupElems == 32) {
-      const __m256i top = _mm256_and_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), code), value);
-      const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), top);
-      sums = _mm256_add_epi32(sums, _mm256_slli_epi32(_mm256_madd_epi16(pairs, ones), 7));
-    }
-    __m256 scale = _mm256_broadcast_ss(x_scales + chunk);
-    if constexpr (kGroupElems == 32) {
-      scale = _mm256_mul_ps(scale, _mm256_broadcast_ss(weight_scales + chunk));
-    } else {
-      scale = _mm256_mul_ps(scale, _mm256_set_m128(_mm_broadcast_ss(weight_scales + 2 * chunk + 1),
-                                                   _mm_broadcast_ss(weight_scales + 2 * chunk)));
-    }
-    acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, acc);
+template <int kIndex, int kOffset, int /*kBits*/>
+inline VecF byte_to_float(VecI words) {
+  __m256i value = _mm256_srli_epi32(words, 8 * kIndex);
+  if constexpr (kIndex < 3) value = _mm256_and_si256(value, _mm256_set1_epi32(0xFF));
+  if constexpr (kOffset != 0) value = _mm256_sub_epi32(value, _mm256_set1_epi32(kOffset));
+  return _mm256_cvtepi32_ps(value);
+}
+
+struct Bytes {
+  __m256i v;
+};
+constexpr int kLineRows = 2;
+inline Bytes load_bytes(const uint8_t* from) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+}
+inline Bytes operator&(Bytes a, int mask) {
+  return {_mm256_and_si256(a.v, _mm256_set1_epi8(static_cast<char>(mask)))};
+}
+inline Bytes operator|(Bytes a, Bytes b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline Bytes operator^(Bytes a, int mask) {
+  return {_mm256_xor_si256(a.v, _mm256_set1_epi8(static_cast<char>(mask)))};
+}
+inline Bytes operator>>(Bytes a, int bits) {
+  return Bytes{_mm256_srli_epi16(a.v, bits)} & (0xFF >> bits);
+}
+inline Bytes operator<<(Bytes a, int bits) {
+  return Bytes{_mm256_slli_epi16(a.v, bits)} & (0xFF << bits & 0xFF);
+}
+inline Bytes interleave_low(Bytes a, Bytes b) { return {_mm256_unpacklo_epi8(a.v, b.v)}; }
+inline Bytes interleave_high(Bytes a, Bytes b) { return {_mm256_unpackhi_epi8(a.v, b.v)}; }
+
+inline Bytes bits_to_16(const uint8_t* bits) {
+  uint32_t mask;
+  std::memcpy(&mask, bits, sizeof(mask));
+  alignas(32) uint8_t bytes[32];
+  expand_to_16(mask, bytes);
+  return load_bytes(bytes);
+}
+
+// Lines come as rows 0 4, 8 12, 1 5, 9 13, ...: the even vectors hold rows 0-7, the odd ones 8-15.
+inline void transpose_words(const Bytes* in, uint8_t* out) {
+  for (int half = 0; half < 2; ++half, out += 32) {
+    const __m256i low01 = _mm256_unpacklo_epi32(in[half].v, in[half + 2].v);
+    const __m256i high01 = _mm256_unpackhi_epi32(in[half].v, in[half + 2].v);
+    const __m256i low23 = _mm256_unpacklo_epi32(in[half + 4].v, in[half + 6].v);
+    const __m256i high23 = _mm256_unpackhi_epi32(in[half + 4].v, in[half + 6].v);
+    auto* to = reinterpret_cast<__m256i*>(out);
+    _mm256_store_si256(to, _mm256_unpacklo_epi64(low01, low23));
+    _mm256_store_si256(to + 2, _mm256_unpackhi_epi64(low01, low23));
+    _mm256_store_si256(to + 4, _mm256_unpacklo_epi64(high01, high23));
+    _mm256_store_si256(to + 6, _mm256_unpackhi_epi64(high01, high23));
   }
-  return acc;
 }
 
 #else  // any other CPU: the compiler's own vectors, four lanes
 
 constexpr int kLanes = 4;
-constexpr int kMicroRows = 2, kMicroColumns = 4;
 using VecF = float __attribute__((vector_size(16)));
+using VecI = int32_t __attribute__((vector_size(16)));
+
 inline VecF zero() { return VecF{0, 0, 0, 0}; }
 inline VecF broadcast(float value) { return VecF{value, value, value, value}; }
 inline VecF load(const float* from) {
@@ -164,14 +223,6 @@ inline void store(float* to, VecF value) { std::memcpy(to, &value, sizeof(value)
 inline VecF add(VecF a, VecF b) { return a + b; }
 inline VecF mul(VecF a, VecF b) { return a * b; }
 inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
-inline float reduce(VecF value) { return (value[0] + value[2]) + (value[1] + value[3]); }
-
-template <int kOffset>
-inline VecF load_codes(const uint8_t* from) {
-  return VecF{static_cast<float>(from[0] - kOffset), static_cast<float>(from[1] - kOffset),
-              static_cast<float>(from[2] - kOffset), static_cast<float>(from[3] - kOffset)};
-}
-
 inline VecF load_half(const uint16_t* from) {
   return VecF{half_to_float(from[0]), half_to_float(from[1]), half_to_float(from[2]),
               half_to_float(from[3])};
@@ -180,25 +231,81 @@ inline void store_half(uint16_t* to, VecF value) {
   for (int lane = 0; lane < kLanes; ++lane) to[lane] = float_to_half(value[lane]);
 }
 
-template <int kGroups>
-inline VecF load_groups(const float* from) {
-  return load(from);
+inline VecI load_words(const void* from) {
+  VecI value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
 }
-
-template <int kGroupElems>
-inline VecF dot_tile(const uint8_t* codes, const int8_t* x, const float* weight_scales,
-                     const float* x_scales, VecF acc) {
-  for (int group = 0; group < kTileElems / kGroupElems; ++group) {
-    int32_t sum = 0;
-    for (int i = 0; i < kGroupElems; ++i) {
-      sum += codes[kGroupElems * group + i] * x[kGroupElems * group + i];
-    }
-    const float scale = weight_scales[group] * x_scales[group * kGroupElems / 32];
-    acc[group % kLanes] += scale * static_cast<float>(sum);
+inline VecI broadcast_word(int32_t word) { return VecI{word, word, word, word}; }
+inline VecF to_float(VecI value) { return __builtin_convertvector(value, VecF); }
+inline VecI dot4(VecI acc, VecI a, VecI b) {
+  // Codes are below 256 and x at least -128, so every byte can be widened by shifts in its lane.
+  using Unsigned = uint32_t __attribute__((vector_size(16)));
+  for (int i = 0; i < 4; ++i) {
+    const VecI code = (VecI)((Unsigned)a >> 8 * i & 0xFFu);
+    const VecI x = (VecI)((Unsigned)b << (24 - 8 * i)) >> 24;
+    acc += code * x;
   }
   return acc;
 }
+constexpr bool kWideProducts = true;
+
+template <int kIndex, int kOffset, int /*kBits*/>
+inline VecF byte_to_float(VecI words) {
+  using Unsigned = uint32_t __attribute__((vector_size(16)));
+  return to_float((VecI)((Unsigned)words >> 8 * kIndex & 0xFFu) - kOffset);
+}
+
+struct Bytes {
+  uint8_t v __attribute__((vector_size(16)));
+};
+constexpr int kLineRows = 1;
+inline Bytes load_bytes(const uint8_t* from) {
+  Bytes value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+inline Bytes operator&(Bytes a, int mask) { return {a.v & static_cast<uint8_t>(mask)}; }
+inline Bytes operator|(Bytes a, Bytes b) { return {a.v | b.v}; }
+inline Bytes operator^(Bytes a, int mask) { return {a.v ^ static_cast<uint8_t>(mask)}; }
+inline Bytes operator>>(Bytes a, int bits) { return {a.v >> static_cast<uint8_t>(bits)}; }
+inline Bytes operator<<(Bytes a, int bits) { return {a.v << static_cast<uint8_t>(bits)}; }
+inline Bytes interleave(Bytes a, Bytes b, int start) {
+  Bytes result;
+  for (int i = 0; i < 8; ++i) {
+    result.v[2 * i] = a.v[start + i];
+    result.v[2 * i + 1] = b.v[start + i];
+  }
+  return result;
+}
+inline Bytes interleave_low(Bytes a, Bytes b) { return interleave(a, b, 0); }
+inline Bytes interleave_high(Bytes a, Bytes b) { return interleave(a, b, 8); }
+
+inline Bytes bits_to_16(const uint8_t* bits) {
+  uint16_t mask;
+  std::memcpy(&mask, bits, sizeof(mask));
+  uint8_t bytes[32];
+  expand_to_16(mask, bytes);
+  return load_bytes(bytes);
+}
+
+inline void transpose_words(const Bytes* in, uint8_t* out) {
+  for (int place = 0; place < 16; ++place) {
+    const int row = place % 4 * 4 + place / 4;  // line_row of kernels/packed.h
+    uint8_t bytes[16];
+    std::memcpy(bytes, &in[place], 16);
+    for (int word = 0; word < 4; ++word) {
+      std::memcpy(out + 64 * word + 4 * row, bytes + 4 * word, 4);
+    }
+  }
+}
 
 #endif
+
+#if !defined(__AVX2__) || defined(__AVX512VNNI__)
+inline VecI dot4_signed(VecI acc, VecI, VecI) { return acc; }  // kWideProducts: never called
+#endif
+
+constexpr int kRowVectors = 16 / kLanes;
 
 }  // namespace TORCH_Q4_NAMESPACE

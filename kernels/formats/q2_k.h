@@ -1,6 +1,7 @@
 // Q2_K: 256 elements in 84 bytes, sixteen groups of 16 with 4-bit scales and minimums.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_256.h"
 
@@ -20,6 +21,7 @@ struct Q2_K {
   static constexpr const char* kName = "q2_k";
   static constexpr int kTypeId = 10;
   static constexpr int kBlockElems = 256;
+  static constexpr int kCodeBits = 2;
   static constexpr int kGroupElems = 16;
   static constexpr int kOffset = 0;
   static constexpr bool kHasShift = true;
@@ -60,6 +62,31 @@ struct Q2_K {
       for (int g = 0; g < 16; ++g) mins[g] = packed[g] >> 4;
     }
   };
+
+  static constexpr Chunk kChunks[] = {{16, 16}, {32, 16}, {48, 16}, {64, 16}, {0, 4},
+                                      {4, 4},   {8, 4},   {12, 4},  {80, 2},  {82, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto line = rows.line(segment / 8 * 2 + segment % 2);
+    return line >> segment / 2 % 4 * 2 & 3;
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (*shifts)[16]) {
+    float d[16], dmin[16];
+    rows.halves(8, d);
+    rows.halves(9, dmin);
+    for (int g = 0; g < 16; ++g) {
+      const auto word = rows.words(4 + g / 4);
+      const int bit = g % 4 * 8;
+      for (int r = 0; r < 16; ++r) {
+        scales[g][r] = d[r] * static_cast<float>(static_cast<int>(word[r] >> bit & 0xF));
+        shifts[g][r] =
+            -(dmin[r] * static_cast<float>(static_cast<int>(word[r] >> (bit + 4) & 0xF)));
+      }
+    }
+  }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {

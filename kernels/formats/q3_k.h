@@ -1,6 +1,7 @@
 // Q3_K: 256 elements in 110 bytes, sixteen groups of 16 with 6-bit signed scales.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_256.h"
 #include "scales.h"
@@ -21,6 +22,7 @@ struct Q3_K {
   static constexpr const char* kName = "q3_k";
   static constexpr int kTypeId = 11;
   static constexpr int kBlockElems = 256;
+  static constexpr int kCodeBits = 3;
   static constexpr int kGroupElems = 16;
   static constexpr int kOffset = 4;
   static constexpr bool kHasShift = false;
@@ -43,6 +45,33 @@ struct Q3_K {
     for (int i = 0; i < 32; ++i) codes[i + 160] = (low[i] >> 2 & 3) | (top[i] >> 3 & 4);
     for (int i = 0; i < 32; ++i) codes[i + 192] = (low[i] >> 4 & 3) | (top[i] >> 4 & 4);
     for (int i = 0; i < 32; ++i) codes[i + 224] = (low[i] >> 6) | (top[i] >> 5 & 4);
+  }
+
+  static constexpr Chunk kChunks[] = {{32, 16}, {48, 16}, {64, 16}, {80, 16}, {0, 16},
+                                      {16, 16}, {96, 4},  {100, 4}, {104, 4}, {108, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto low = rows.line(segment / 8 * 2 + segment % 2) >> segment / 2 % 4 * 2 & 3;
+    const auto top = rows.line(4 + segment % 2) >> segment / 2 & 1;
+    return low | top << 2;
+  }
+
+  // The words are those of unpack_6bit_scales: low nibbles in two, top bit pairs in the third.
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
+    float d[16];
+    rows.halves(9, d);
+    const auto tops = rows.words(8);
+    for (int g = 0; g < 16; ++g) {
+      const auto lows = rows.words(6 + g / 4 % 2);
+      const int bit = g % 4 * 8;
+      for (int r = 0; r < 16; ++r) {
+        const uint32_t low = lows[r] >> (bit + g / 8 * 4) & 0xF;
+        const uint32_t top = tops[r] >> (bit + g / 4 * 2) & 3;
+        scales[g][r] = d[r] * static_cast<float>(static_cast<int>(low | top << 4) - 32);
+      }
+    }
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

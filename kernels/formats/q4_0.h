@@ -1,6 +1,7 @@
 // Q4_0: 32 elements in 18 bytes, one float16 scale and 4-bit codes.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_32.h"
 
@@ -17,6 +18,7 @@ struct Q4_0 {
   static constexpr const char* kName = "q4_0";
   static constexpr int kTypeId = 2;
   static constexpr int kBlockElems = 32;
+  static constexpr int kCodeBits = 4;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 8;
   static constexpr bool kHasShift = false;
@@ -25,6 +27,18 @@ struct Q4_0 {
                                           float* /*shifts*/) {
     scales[0] = half_to_float(block.d);
     unpack_nibbles(block.qs, codes);
+  }
+
+  static constexpr Chunk kChunks[] = {{2, 16}, {0, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    return segment == 0 ? rows.line(0) & 0xF : rows.line(0) >> 4;
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
+    rows.halves(1, scales[0]);
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -1,6 +1,7 @@
 // Q4_0_F32: 32 elements in 20 bytes, one float32 scale and 4-bit codes. Not a ggml format.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_32.h"
 
@@ -17,6 +18,7 @@ struct Q4_0_F32 {
   static constexpr const char* kName = "q4_0_f32";
   static constexpr int kTypeId = -2;
   static constexpr int kBlockElems = 32;
+  static constexpr int kCodeBits = 4;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 8;
   static constexpr bool kHasShift = false;
@@ -35,6 +37,19 @@ struct Q4_0_F32 {
   }
 
   // Codes are Q4_0's, and scales are before Q4_0 rounds them to float16.
+  static constexpr Chunk kChunks[] = {{4, 16}, {0, 4}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto line = rows.line(0);
+    return rows.interleave(line & 0xF, line >> 4, segment);
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
+    rows.floats(1, scales[0]);
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     const auto store = [&](int64_t b, float scale, const uint8_t* codes) {
       blocks[b].d = scale;

@@ -1,6 +1,7 @@
 // Q4_1: 32 elements in 20 bytes, a float16 scale, a float16 minimum and 4-bit codes.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_32.h"
 
@@ -18,6 +19,7 @@ struct Q4_1 {
   static constexpr const char* kName = "q4_1";
   static constexpr int kTypeId = 3;
   static constexpr int kBlockElems = 32;
+  static constexpr int kCodeBits = 4;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 0;
   static constexpr bool kHasShift = true;
@@ -27,6 +29,19 @@ struct Q4_1 {
     scales[0] = half_to_float(block.d);
     shifts[0] = half_to_float(block.m);
     unpack_nibbles(block.qs, codes);
+  }
+
+  static constexpr Chunk kChunks[] = {{4, 16}, {0, 2}, {2, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    return segment == 0 ? rows.line(0) & 0xF : rows.line(0) >> 4;
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (*shifts)[16]) {
+    rows.halves(1, scales[0]);
+    rows.halves(2, shifts[0]);
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

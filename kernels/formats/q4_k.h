@@ -1,6 +1,7 @@
 // Q4_K: 256 elements in 144 bytes, eight groups of 32 with 6-bit scales and minimums.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_256.h"
 #include "scales.h"
@@ -20,6 +21,7 @@ struct Q4_K {
   static constexpr const char* kName = "q4_k";
   static constexpr int kTypeId = 12;
   static constexpr int kBlockElems = 256;
+  static constexpr int kCodeBits = 4;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 0;
   static constexpr bool kHasShift = true;
@@ -53,6 +55,24 @@ struct Q4_K {
     static constexpr auto pack_scales = pack_6bit_pairs;
     static constexpr auto unpack_scales = unpack_6bit_pairs;
   };
+
+  static constexpr Chunk kChunks[] = {{16, 16}, {32, 16},  {48, 16},  {64, 16}, {80, 16},
+                                      {96, 16}, {112, 16}, {128, 16}, {4, 4},   {8, 4},
+                                      {12, 4},  {0, 2},    {2, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto line = rows.line(segment / 4 * 2 + segment % 2);
+    return segment / 2 % 2 == 0 ? line & 0xF : line >> 4;
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (*shifts)[16]) {
+    float d[16], dmin[16];
+    rows.halves(11, d);
+    rows.halves(12, dmin);
+    packed_6bit_pairs(rows.words(8), rows.words(9), rows.words(10), d, dmin, scales, shifts);
+  }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {

@@ -1,6 +1,7 @@
 // Q5_0: 32 elements in 22 bytes, one float16 scale and 5-bit codes.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_32.h"
 
@@ -18,6 +19,7 @@ struct Q5_0 {
   static constexpr const char* kName = "q5_0";
   static constexpr int kTypeId = 6;
   static constexpr int kBlockElems = 32;
+  static constexpr int kCodeBits = 5;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 16;
   static constexpr bool kHasShift = false;
@@ -26,6 +28,19 @@ struct Q5_0 {
                                           float* /*shifts*/) {
     scales[0] = half_to_float(block.d);
     unpack_5bit(block.qh, block.qs, codes);
+  }
+
+  static constexpr Chunk kChunks[] = {{6, 16}, {2, 2, true}, {4, 2, true}, {0, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto low = segment == 0 ? rows.line(0) & 0xF : rows.line(0) >> 4;
+    return low | rows.fifth_bits(1 + segment);
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
+    rows.halves(3, scales[0]);
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -1,6 +1,7 @@
 // Q5_1: 32 elements in 24 bytes, a float16 scale, a float16 minimum and 5-bit codes.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "blocks_of_32.h"
 
@@ -19,6 +20,7 @@ struct Q5_1 {
   static constexpr const char* kName = "q5_1";
   static constexpr int kTypeId = 7;
   static constexpr int kBlockElems = 32;
+  static constexpr int kCodeBits = 5;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 0;
   static constexpr bool kHasShift = true;
@@ -28,6 +30,20 @@ struct Q5_1 {
     scales[0] = half_to_float(block.d);
     shifts[0] = half_to_float(block.m);
     unpack_5bit(block.qh, block.qs, codes);
+  }
+
+  static constexpr Chunk kChunks[] = {{8, 16}, {4, 2, true}, {6, 2, true}, {0, 2}, {2, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto low = segment == 0 ? rows.line(0) & 0xF : rows.line(0) >> 4;
+    return low | rows.fifth_bits(1 + segment);
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (*shifts)[16]) {
+    rows.halves(3, scales[0]);
+    rows.halves(4, shifts[0]);
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -1,6 +1,7 @@
 // Q6_K: 256 elements in 210 bytes, sixteen groups of 16 with 8-bit signed scales.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "search.h"
 
@@ -21,6 +22,7 @@ struct Q6_K {
   static constexpr const char* kName = "q6_k";
   static constexpr int kTypeId = 14;
   static constexpr int kBlockElems = 256;
+  static constexpr int kCodeBits = 6;
   static constexpr int kGroupElems = 16;
   static constexpr int kOffset = 32;
   static constexpr bool kHasShift = false;
@@ -41,6 +43,32 @@ struct Q6_K {
   }
 
   // Importance replaces the squares of the elements as weights, as it is.
+  static constexpr Chunk kChunks[] = {
+      {0, 16},   {16, 16},  {32, 16},  {48, 16}, {64, 16}, {80, 16}, {96, 16}, {112, 16}, {128, 16},
+      {144, 16}, {160, 16}, {176, 16}, {192, 4}, {196, 4}, {200, 4}, {204, 4}, {208, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    const auto line = rows.line(segment / 8 * 4 + segment % 4);
+    const auto low = segment / 4 % 2 == 0 ? line & 0xF : line >> 4;
+    const auto top = rows.line(8 + segment / 8 * 2 + segment % 2) >> segment / 2 % 4 * 2 & 3;
+    return low | top << 4;
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
+    float d[16];
+    rows.halves(16, d);
+    for (int g = 0; g < 16; ++g) {
+      const auto word = rows.words(12 + g / 4);
+      for (int r = 0; r < 16; ++r) {
+        // Signed bytes: to the top of the word, then down again with the sign.
+        const int32_t scale = static_cast<int32_t>(word[r] << (24 - g % 4 * 8)) >> 24;
+        scales[g][r] = d[r] * static_cast<float>(scale);
+      }
+    }
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];

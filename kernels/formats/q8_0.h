@@ -1,6 +1,7 @@
 // Q8_0: 32 elements in 34 bytes, one float16 scale and signed bytes.
 #pragma once
 
+#include "../packed.h"
 #include "../portability.h"
 #include "search.h"
 
@@ -17,6 +18,7 @@ struct Q8_0 {
   static constexpr const char* kName = "q8_0";
   static constexpr int kTypeId = 8;
   static constexpr int kBlockElems = 32;
+  static constexpr int kCodeBits = 8;
   static constexpr int kGroupElems = 32;
   static constexpr int kOffset = 128;
   static constexpr bool kHasShift = false;
@@ -29,6 +31,18 @@ struct Q8_0 {
   }
 
   // ggml has no importance-weighted variant.
+  static constexpr Chunk kChunks[] = {{2, 16}, {18, 16}, {0, 2}};
+
+  template <class Rows>
+  static auto packed_codes(const Rows& rows, int segment) {
+    return rows.line(segment) ^ 0x80;
+  }
+
+  template <class Rows>
+  static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
+    rows.halves(2, scales[0]);
+  }
+
   static void quantize_row(const float* x, const float* /*importance*/, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];

@@ -3,11 +3,20 @@
 //   Block                    the bytes as they lie in a GGUF file, sizeof asserted
 //   kName, kTypeId           "q4_0" and ggml's type number (negative: not a ggml type)
 //   kBlockElems              elements in a block
+//   kCodeBits                bits of a code
 //   kGroupElems              elements that share a scale, 16 or 32
 //   kOffset, kHasShift       value = scale * (code - kOffset) [+ shift, where kHasShift]
 //   unpack(block, codes, scales, shifts)
 //                            kBlockElems unsigned codes in element order, kBlockElems / kGroupElems
 //                            scales and, where kHasShift, as many shifts
+//   kChunks                  how the packed layout (packed.h) cuts the block up, wide chunks first
+//   packed_codes(rows, segment), packed_scales(rows, scales, shifts)
+//                            the same as unpack, of 16 packed rows at once: the codes of elements
+//                            16 segment to 16 segment + 15, and [group][row] scales and shifts.
+//                            `rows` reads chunks by their number: line(i) is a 16-byte one as byte
+//                            vectors, halves(i, out), floats(i, out) and words(i) are 16 rows' 2-
+//                            or 4-byte ones, fifth_bits(i) has 16 where a bit of a 2-byte one is
+//                            set
 //   quantize_row(x, importance, blocks, n)
 //                            n floats to n / kBlockElems blocks; importance is null or n weights
 //

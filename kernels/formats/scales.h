@@ -18,6 +18,25 @@ TORCH_Q4_HOST_DEVICE inline void unpack_6bit_pairs(const uint8_t* packed, uint8_
   }
 }
 
+// The same for 16 packed rows, whose three words of four bytes come separately, to scales
+// d * scale and shifts -(dmin * minimum) of eight groups.
+template <class Words>
+inline void packed_6bit_pairs(const Words& low, const Words& mid, const Words& high, const float* d,
+                              const float* dmin, float (*scales)[16], float (*shifts)[16]) {
+  for (int g = 0; g < 8; ++g) {
+    const int bit = g % 4 * 8;
+    for (int r = 0; r < 16; ++r) {
+      const uint32_t scale =
+          g < 4 ? low[r] >> bit & 63 : (high[r] >> bit & 0xF) | (low[r] >> (bit + 6) & 3) << 4;
+      const uint32_t minimum = g < 4
+                                   ? mid[r] >> bit & 63
+                                   : (high[r] >> (bit + 4) & 0xF) | (mid[r] >> (bit + 6) & 3) << 4;
+      scales[g][r] = d[r] * static_cast<float>(static_cast<int>(scale));
+      shifts[g][r] = -(dmin[r] * static_cast<float>(static_cast<int>(minimum)));
+    }
+  }
+}
+
 inline void pack_6bit_pairs(const uint8_t* scales, const uint8_t* mins, uint8_t* packed) {
   for (int i = 0; i < 4; ++i) {
     packed[i] = scales[i] | (scales[i + 4] >> 4 << 6);

@@ -13,7 +13,12 @@ from pathlib import Path
 import numpy as np
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "ggml_golden.npz"
-NEEDS = {"generic": set(), "avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512_vnni", "avx512dq"}}
+NEEDS = {
+    "generic": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avxvnni": {"avx2", "avx_vnni"},
+    "avx512": {"avx512_vnni", "avx512dq"},
+}
 
 
 def golden_input(supported: set[int]) -> bytes:

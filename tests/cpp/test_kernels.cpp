@@ -9,8 +9,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
@@ -19,10 +19,9 @@ namespace {
 
 using namespace torch_q4;
 using torch_q4::cpu::FormatKernels;
-using torch_q4::cpu::Int8Rows;
 using torch_q4::cpu::Kernels;
 using torch_q4::cpu::LinearArgs;
-using torch_q4::cpu::Tile;
+using torch_q4::cpu::Weight;
 
 [[noreturn]] void fail(const std::string& what) {
   std::fprintf(stderr, "test_kernels: %s\n", what.c_str());
@@ -127,47 +126,46 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
     }
   }
 
-  std::vector<float> out(p.m * p.n, NAN);
-  LinearArgs args;
-  args.blocks = blocks.data();
-  args.bias = bias.data();
-  args.out = out.data();
-  args.m = p.m;
-  args.k = p.k;
-  args.n_total = p.n;
-  // In two parts, as two threads would.
-  const auto halves = [&](const auto& body) {
-    args.row_begin = 0;
-    args.row_end = p.n / 2;
-    body();
-    args.row_begin = p.n / 2;
-    args.row_end = p.n;
-    body();
-  };
-  halves([&] { kernel.linear_exact(args, x.data()); });
-  expect_close(what + " exact", out, wanted, exact_bound);
+  // The same weight in both layouts; the last rows of the packed one are canonical.
+  std::vector<uint8_t> packed = blocks;
+  std::vector<uint8_t> scratch(16 * (blocks.size() / p.n));
+  kernel.pack(packed.data(), p.n / 16, p.k, scratch.data());
+  const Weight weights[] = {{blocks.data(), p.n, p.k, false}, {packed.data(), p.n, p.k, true}};
 
-  Int8Rows rows;
-  rows.padded = (p.k + 255) / 256 * 256;
-  std::vector<int8_t> codes(p.m * rows.padded);
-  std::vector<float> scales(p.m * rows.padded / 32), sums16(p.m * rows.padded / 16),
-      sums32(p.m * rows.padded / 32);
-  rows.codes = codes.data();
-  rows.scales = scales.data();
-  rows.sums16 = sums16.data();
-  rows.sums32 = sums32.data();
-  for (int64_t m = 0; m < p.m; ++m) kernels.quantize_int8(x.data() + m * p.k, p.k, m, rows);
-  out.assign(out.size(), NAN);
-  const auto scratch = std::make_unique<Tile[]>(cpu::kInt8Rows * rows.padded / 256);
-  halves([&] { kernel.linear_int8(args, rows, scratch.get()); });
-  expect_close(what + " int8", out, wanted, int8_bound);
+  const int64_t tiles = (p.k + 255) / 256;
+  std::vector<uint32_t> exact(p.m * tiles * kernels.exact.words);
+  std::vector<uint32_t> int8(p.m * tiles * kernels.int8.words);
+  for (int64_t m = 0; m < p.m; ++m) {
+    kernel.prepare_exact(x.data() + m * p.k, p.k, m, p.m, exact.data());
+    kernel.prepare_int8(x.data() + m * p.k, p.k, m, p.m, int8.data());
+  }
+  std::vector<float> sums(16 * p.m), out(p.m * p.n);
+  const auto multiply = [&](const Weight& weight, const void* activations, auto run) {
+    out.assign(out.size(), NAN);
+    LinearArgs args{weight, activations, p.m, bias.data(), out.data(), 0, 0};
+    const int64_t middle = p.n / 32 * 16;  // in two parts, as two threads would
+    for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, p.n}}) {
+      args.row_begin = begin;
+      args.row_end = end;
+      run(args, sums.data());
+    }
+  };
+  for (const Weight& weight : weights) {
+    const std::string layout = weight.packed ? " packed" : " canonical";
+    multiply(weight, exact.data(), kernel.linear_exact);
+    expect_close(what + layout + " exact", out, wanted, exact_bound);
+    multiply(weight, int8.data(), kernel.linear_int8);
+    expect_close(what + layout + " int8", out, wanted, int8_bound);
+    for (int64_t row = 0; row < p.n; ++row) {
+      std::vector<float> values(p.k);
+      kernel.dequantize_row(weight, row, values.data());
+      for (int64_t k = 0; k < p.k; ++k) {
+        if (!same_bits(values[k], w[row * p.k + k])) fail(what + layout + " dequantize_row");
+      }
+    }
+  }
 
   const std::vector<float> grad = normals(random, p.m * p.n);
-  std::vector<float> grad_x(p.m * p.k, NAN);
-  for (int64_t k = 0; k < p.k; k += 256) {
-    kernel.linear_transposed(grad.data(), blocks.data(), p.n, p.k, 0, p.m, k,
-                             std::min(p.k, k + 256), grad_x.data());
-  }
   std::vector<double> grad_wanted(p.m * p.k), grad_bound(p.m * p.k);
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t k = 0; k < p.k; ++k) {
@@ -181,13 +179,23 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
       grad_bound[m * p.k + k] = (p.n + 4) * 0x1p-24 * magnitude;
     }
   }
-  expect_close(what + " transposed", grad_x, grad_wanted, grad_bound);
+  for (const Weight& weight : weights) {
+    std::vector<float> grad_x(p.m * p.k, NAN);
+    for (int64_t k = 0; k < p.k; k += 256) {
+      kernel.linear_transposed(grad.data(), weight, 0, p.m, k, std::min(p.k, k + 256),
+                               grad_x.data());
+    }
+    expect_close(what + " transposed", grad_x, grad_wanted, grad_bound);
+  }
+
+  kernel.unpack(packed.data(), p.n / 16, p.k, scratch.data());
+  if (packed != blocks) fail(what + ": unpack must invert pack");
 }
 
 template <class Format>
 void test_format(const Kernels& kernels, const FormatKernels& kernel) {
-  for (const int64_t m : {1, 2, 3, 4, 5, 9}) {
-    for (const int64_t n : {1, 7, 33}) {
+  for (const int64_t m : {1, 2, 4, 5, 13, 30}) {
+    for (const int64_t n : {1, 16, 39}) {
       for (const int64_t k : {256, 512, 1280}) test_products<Format>(kernels, kernel, {m, n, k});
       if (Format::kBlockElems == 32) {
         for (const int64_t k : {32, 288, 736}) test_products<Format>(kernels, kernel, {m, n, k});

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFFile, GGUFTensor, load_gguf
-from torch_q4.nn import QuantEmbedding, QuantLinear
+from torch_q4.nn import QuantEmbedding, QuantLinear, pack_
 
 # Older ones convert GGUF tokenizers wrongly, without a word.
 _TRANSFORMERS = (5, 18)
@@ -288,6 +288,15 @@ class _Architecture:
     rotary_pairs: bool = False
     float16: bool = True
 
+    def tensor_name(self, name: str) -> str:
+        """The file's name of a parameter; a KeyError if the architecture has no such module."""
+        module, _, leaf = name.rpartition(".")
+        layer = re.search(r"\.layers\.(\d+)\.", module)
+        if layer:
+            module = module.replace(layer[0], ".layers.{}.", 1)
+        stems = {ours: theirs for theirs, ours in self.names.items()}
+        return f"{stems[module]}.{leaf}".replace("{}", layer[1] if layer else "")
+
 
 _ARCHITECTURES = {
     "gemma3": _Architecture(
@@ -317,13 +326,14 @@ def load_gguf_model(
     device: torch.device | str = "cpu",
     compute: str = "exact",
     progress: bool = True,
+    pack: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Builds a transformers model and its tokenizer from a GGUF file.
 
     Packed tensors stay packed: their layers become :class:`torch_q4.QuantLinear` and
-    :class:`torch_q4.QuantEmbedding`. On the CPU their weights are views of the mapped file (Llama's
-    query and key rows, which have to be reordered, are the only copies), so loading needs no
-    memory of its own for them. A tied output layer shares the embedding's parameter.
+    :class:`torch_q4.QuantEmbedding`. On the CPU their weights lie in the mapped file's own pages
+    (Llama's query and key rows, which have to be reordered, are the only copies), so loading needs
+    no memory of its own for them. A tied output layer shares the embedding's parameter.
 
     Args:
         path: a ``.gguf`` file of one of the architectures gemma3, llama, qwen2, qwen3.
@@ -332,6 +342,9 @@ def load_gguf_model(
         device: where the model shall be.
         compute: the arithmetic of the packed layers, see :func:`torch_q4.linear`.
         progress: whether to show a progress bar on stderr.
+        pack: whether to put weights into the packed layout, which is faster. The pages of the map
+            become private to the process thereby; without it they stay the file's, shared with
+            every process that maps it and dropped by the kernel when memory is short.
 
     Returns:
         The model, in eval mode, with a generation config that stops at the file's end-of-text
@@ -363,6 +376,8 @@ def load_gguf_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _Loader(file, architecture, model, dtype, torch.device(device), compute, progress).load()
+    if pack:
+        pack_(model)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -457,12 +472,7 @@ class _Loader:
 
     def file_name(self, name: str) -> str:
         """The file's name of a parameter."""
-        module, _, leaf = name.rpartition(".")
-        layer = re.search(r"\.layers\.(\d+)\.", module)
-        if layer:
-            module = module.replace(layer[0], ".layers.{}.", 1)
-        stems = {ours: theirs for theirs, ours in self.architecture.names.items()}
-        return f"{stems[module]}.{leaf}".replace("{}", layer[1] if layer else "")
+        return self.architecture.tensor_name(name)
 
     def check(self) -> None:
         """Compares the file's tensors with the model's parameters, before anything is loaded."""
@@ -545,12 +555,11 @@ class _Loader:
     def tie(self) -> None:
         """Lets the output layer use the embedding's very parameter."""
         embedding = self.model.get_input_embeddings()
-        weight = embedding.weight
         if isinstance(embedding, QuantEmbedding):
-            head = QuantLinear.from_blocks(weight, embedding.format, compute=self.compute)
+            head = QuantLinear.from_blocks(embedding.blocks, embedding.format, compute=self.compute)
             self.model.set_output_embeddings(head)
         else:
-            self.model.get_output_embeddings().weight = weight
+            self.model.get_output_embeddings().weight = embedding.weight
 
     def fill_buffers(self) -> None:
         """Computes the buffers that the modules had computed on the meta device."""
@@ -562,6 +571,8 @@ class _Loader:
                 self.refuse(rule, stored.shape)
             self.read(stored)
             divisors = stored.dequantize()
+            # Kept with the model: what saves it has no other trace of them.
+            self.config.rope_freqs = divisors.tolist()
         for module in self.model.modules():
             lost = [name for name, value in module.named_buffers(recurse=False) if value.is_meta]
             if not lost:
