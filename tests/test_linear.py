@@ -14,7 +14,7 @@ from conftest import EPS, dense64, random_blocks
 import torch_q4
 from torch_q4 import formats
 
-ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 17, 64)
+ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 17, 64, 193)
 
 
 def shapes(fmt) -> list[tuple[int, int]]:

@@ -231,7 +231,7 @@ def test_layouts_are_the_layers_own_business(fmt) -> None:
         assert torch.equal(packed.blocks, torch_q4.pack(original, fmt))
         for key, value in packed.state_dict().items():
             assert torch.equal(value, plain.state_dict()[key])
-        for m in (1, 3, 9, 100):
+        for m in (1, 3, 9, 200):
             x = torch.randn(m, 512)
             assert torch.equal(packed(x), plain(x))
         assert torch.equal(packed.dequantize(), plain.dequantize())

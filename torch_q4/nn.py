@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torch_q4 import formats
 from torch_q4.formats import Format
-from torch_q4.ops import FormatLike, _check_blocks, dequantize, quantize
+from torch_q4.ops import FormatLike, _check_blocks, dequantize, linear_unchecked, quantize
 
 __all__ = ["QuantEmbedding", "QuantLinear", "QuantizeReport", "pack_", "quantize_"]
 
@@ -234,9 +234,7 @@ class QuantLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(..., K)`` to ``(..., N)`` in the dtype of ``x``."""
-        return _ops.linear.default(
-            x, self.blocks, self._type_id, self.bias, self.compute, self.packed
-        )
+        return linear_unchecked(x, self.blocks, self._type_id, self.bias, self.compute, self.packed)
 
     def extra_repr(self) -> str:
         """The constructor's arguments, for ``repr``."""

@@ -254,7 +254,25 @@ def linear(
     """
     found = _format("linear", fmt)
     _check_linear(x, blocks, found, bias, compute)
-    return _ops.linear.default(x, blocks, found.type_id, bias, compute, packed)
+    return linear_unchecked(x, blocks, found.type_id, bias, compute, packed)
+
+
+def linear_unchecked(
+    x: Tensor, blocks: Tensor, type_id: int, bias: Tensor | None, compute: str, packed: bool
+) -> Tensor:
+    """:func:`linear` by ggml's type number, its arguments checked by the operator alone.
+
+    Where no gradient can be asked for, it goes past the autograd key: torch.library's rule there is
+    Python, and costs more than a small product.
+    """
+    wanted = torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    # Inference mode leaves the key out by itself.
+    if wanted or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        return _ops.linear.default(x, blocks, type_id, bias, compute, packed)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _ops.linear.default(x, blocks, type_id, bias, compute, packed)
 
 
 def embedding(

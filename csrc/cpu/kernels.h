@@ -62,6 +62,10 @@ struct FormatKernels {
   // Whole groups of 16 rows, `groups` of them, in place; scratch: the bytes of a group.
   void (*pack)(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch);
   void (*unpack)(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch);
+  // The weights of rows [row_begin, row_end), row_begin a multiple of 16, to out[element][row],
+  // elements `stride` floats apart; writes up to a multiple of 16 rows.
+  void (*dequantize_transposed)(const Weight& weight, int64_t row_begin, int64_t row_end,
+                                float* out, int64_t stride);
   // Writes column `m` of x, k floats, into `out`, whose layout is `exact` or `int8` below.
   void (*prepare_exact)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
   void (*prepare_int8)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);

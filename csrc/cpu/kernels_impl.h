@@ -39,11 +39,17 @@ constexpr int kInt8Columns = 4, kExactColumns = 6;
 #else
 constexpr int kInt8Columns = 2, kExactColumns = 2;
 #endif
+// Loops over columns say "unroll": past 16 the compiler would not, and accumulators would be
+// memory.
+
 // Up to so many columns, exact products are cheaper on codes, with one scale a group, than on
 // dequantised weights.
 constexpr int kGroupedColumns = 4;
 
-constexpr int64_t kPrefetchBytes = 3072;  // far enough to cover DRAM latency at 10-15 GB/s
+// How far ahead of what it reads a kernel asks for bytes, into L2: far enough to cover DRAM's
+// latency, and a few lines at a time, since a burst of them would fill the buffers that loads wait
+// for too.
+constexpr int64_t kPrefetchBytes = 8192;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
@@ -241,6 +247,11 @@ void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
   for (int b = 0; b < blocks; ++b, tile += kTileRows * kBlockBytes<Format>) {
 #pragma GCC unroll 16
     for (int segment = 0; segment < kSegments; ++segment) {
+      constexpr int kBytes = kTileRows * kBlockBytes<Format>;
+      for (int line = kBytes * segment / kSegments / 64;
+           line < kBytes * (segment + 1) / kSegments / 64; ++line) {
+        __builtin_prefetch(tile + kPrefetchBytes + 64 * line, 0, 2);
+      }
       Bytes lines[16 / kLineRows];
       for (int part = 0; part < 16 / kLineRows; ++part) {
         lines[part] = Format::packed_codes(PackedRows<Format>{tile, part}, segment);
@@ -253,18 +264,13 @@ void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
 }
 
 // A tile of 16 rows from `row` on at element k, packed: in place, or made in `buffer`, zeroed
-// before the first use where there are fewer rows. Asks for the bytes that the next tiles will
-// need.
+// before the first use where there are fewer rows.
 template <class Format>
 inline const uint8_t* packed_tile(const Weight& weight, int64_t row, int64_t k, uint8_t* buffer) {
   const int64_t bytes = row_bytes<Format>(weight.k);
   const uint8_t* group = weight.blocks + row * bytes;
   if (in_packed_group<Format>(weight, row)) {
-    const uint8_t* tile = group + kTileRows * row_bytes<Format>(k);
-    for (int line = 0; line < kTileBytes<Format>; line += 64) {
-      __builtin_prefetch(tile + kPrefetchBytes + line);
-    }
-    return tile;
+    return group + kTileRows * row_bytes<Format>(k);
   }
   const int rows = static_cast<int>(min(kTileRows, weight.n - row));
   const int64_t blocks = min(kTileElems, weight.k - k) / Format::kBlockElems;
@@ -278,47 +284,65 @@ inline const uint8_t* packed_tile(const Weight& weight, int64_t row, int64_t k, 
 // ---- linear
 // --------------------------------------------------------------------------------------
 
-// The block of columns that column m is in: where it starts, how wide it is.
+// Columns go in blocks of equal width, as far as that is possible: 16 of them are two blocks of 8,
+// not one of 12 and one of 4.
+inline int block_width(int64_t m_total, int widest) {
+  const int64_t blocks = (m_total + widest - 1) / widest;
+  return static_cast<int>((m_total + blocks - 1) / blocks);
+}
+
+// The block that column m is in: where it starts, how wide it is.
 struct ColumnBlock {
   int64_t first;
   int width;
 };
 
-inline ColumnBlock column_block(int64_t m, int64_t m_total, int width) {
+inline ColumnBlock column_block(int64_t m, int64_t m_total, int widest) {
+  const int width = block_width(m_total, widest);
   const int64_t first = m / width * width;
   return {first, static_cast<int>(min(width, m_total - first))};
 }
 
 inline int64_t tiles_of(int64_t k) { return (k + kTileElems - 1) / kTileElems; }
 
-// Runs over 16 weight rows at a time. begin_tile(weight row, k, elements) prepares a tile, and
-// columns(x of the block's tile, its width, sums) adds the tile's products to `sums`,
+// Columns of x that stay in L2 while all weight rows pass by.
+constexpr int64_t kResidentColumns = 192;
+
+// Runs over 16 weight rows at a time. begin_tile(packed tile, elements) prepares a tile, and
+// columns(x of the block's tile, its width, elements, sums) adds the tile's products to `sums`,
 // [column][row].
 template <class Format, class BeginTile, class Columns>
-inline void for_each_tile(const LinearArgs& args, int words, int max_width, float* sums,
+inline void for_each_tile(const LinearArgs& args, int words, int widest, float* sums,
                           const BeginTile& begin_tile, const Columns& columns) {
   const auto* x = static_cast<const uint32_t*>(args.x);
   const int64_t k_total = args.weight.k, tiles = tiles_of(k_total);
+  const int full_width = block_width(args.m, widest);
+  const int64_t resident = kResidentColumns / full_width * full_width;
   alignas(64) uint8_t buffer[kTileBytes<Format>] = {};
-  for (int64_t row = args.row_begin; row < args.row_end; row += kTileRows) {
-    const int rows = static_cast<int>(min(kTileRows, args.row_end - row));
-    if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
-    for (int64_t m = 0; m < args.m; ++m) {
-      for (int r = 0; r < kTileRows; ++r) {
-        sums[m * kTileRows + r] = args.bias && r < rows ? args.bias[row + r] : 0.0f;
+  for (int64_t first = 0; first < args.m; first += resident) {
+    const int64_t last = min(args.m, first + resident);
+    for (int64_t row = args.row_begin; row < args.row_end; row += kTileRows) {
+      const int rows = static_cast<int>(min(kTileRows, args.row_end - row));
+      if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
+      for (int64_t m = 0; m < last - first; ++m) {
+        for (int r = 0; r < kTileRows; ++r) {
+          sums[m * kTileRows + r] = args.bias && r < rows ? args.bias[row + r] : 0.0f;
+        }
       }
-    }
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t k = t * kTileElems;
-      const int elems = static_cast<int>(min(kTileElems, k_total - k));
-      begin_tile(packed_tile<Format>(args.weight, row, k, buffer), elems);
-      for (int64_t m = 0; m < args.m; m += max_width) {
-        const int width = static_cast<int>(min(max_width, args.m - m));
-        columns(x + (m * tiles + t * width) * words, width, elems, sums + m * kTileRows);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t k = t * kTileElems;
+        const int elems = static_cast<int>(min(kTileElems, k_total - k));
+        begin_tile(packed_tile<Format>(args.weight, row, k, buffer), elems);
+        for (int64_t m = first; m < last; m += full_width) {
+          const int width = static_cast<int>(min(full_width, last - m));
+          columns(x + (m * tiles + t * width) * words, width, elems,
+                  sums + (m - first) * kTileRows);
+        }
       }
-    }
-    for (int64_t m = 0; m < args.m; ++m) {
-      std::memcpy(args.out + m * args.weight.n + row, sums + m * kTileRows, rows * sizeof(float));
+      for (int64_t m = first; m < last; ++m) {
+        std::memcpy(args.out + m * args.weight.n + row, sums + (m - first) * kTileRows,
+                    rows * sizeof(float));
+      }
     }
   }
 }
@@ -375,11 +399,13 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
   constexpr int kCenter = exact_center<Format>();
   constexpr int kWords = Format::kGroupElems / 4;
   VecF acc[kWidth][kRowVectors];
+#pragma GCC unroll 24
   for (int c = 0; c < kWidth; ++c) {
     for (int r = 0; r < kRowVectors; ++r) acc[c][r] = load(sums + c * 16 + r * kLanes);
   }
   for (int group = 0; group < elems / Format::kGroupElems; ++group) {
     VecF partial[kWidth][kRowVectors];
+#pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
       for (int r = 0; r < kRowVectors; ++r) partial[c][r] = zero();
     }
@@ -392,6 +418,7 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
         for (int r = 0; r < kRowVectors; ++r) {
           const VecF code =
               byte_to_float<kByte, kCenter, Format::kCodeBits>(load_words(codes + 4 * kLanes * r));
+#pragma GCC unroll 24
           for (int c = 0; c < kWidth; ++c) {
             partial[c][r] = fma(code, broadcast(from[kByte * kWidth + c]), partial[c][r]);
           }
@@ -404,10 +431,12 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
     }
     for (int r = 0; r < kRowVectors; ++r) {
       const VecF scale = load(panel.scales[group] + r * kLanes);
+#pragma GCC unroll 24
       for (int c = 0; c < kWidth; ++c) acc[c][r] = fma(scale, partial[c][r], acc[c][r]);
       if constexpr (Format::kHasShift) {
         const VecF shift =
             fma(scale, broadcast(float{kCenter}), load(panel.shifts[group] + r * kLanes));
+#pragma GCC unroll 24
         for (int c = 0; c < kWidth; ++c) {
           const VecF sum = broadcast(x[(kExactSums + group) * kWidth + c]);
           acc[c][r] = fma(shift, sum, acc[c][r]);
@@ -415,14 +444,15 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
       }
     }
   }
+#pragma GCC unroll 24
   for (int c = 0; c < kWidth; ++c) {
     for (int r = 0; r < kRowVectors; ++r) store(sums + c * 16 + r * kLanes, acc[c][r]);
   }
 }
 
-// A panel's dequantised weights, [element][row].
+// A panel's dequantised weights, [element][row], elements `stride` floats apart.
 template <class Format>
-void dequantize_panel(const Panel& panel, int elems, float* weights) {
+void dequantize_panel(const Panel& panel, int elems, float* weights, int64_t stride) {
   for (int word = 0; word < elems / 4; ++word) {
     const int group = word * 4 / Format::kGroupElems;
     for (int r = 0; r < kRowVectors; ++r) {
@@ -434,12 +464,31 @@ void dequantize_panel(const Panel& panel, int elems, float* weights) {
         if constexpr (Format::kHasShift) {
           weight = add(weight, load(panel.shifts[group] + r * kLanes));
         }
-        store(weights + (word * 4 + kByte) * 16 + r * kLanes, weight);
+        store(weights + (word * 4 + kByte) * stride + r * kLanes, weight);
       };
       put(std::integral_constant<int, 0>());
       put(std::integral_constant<int, 1>());
       put(std::integral_constant<int, 2>());
       put(std::integral_constant<int, 3>());
+    }
+  }
+}
+
+// The weights of rows [row_begin, row_end), row_begin a multiple of 16, to out[element][row].
+// Writes whole groups of 16 rows, zeros for those past the last one.
+template <class Format>
+void dequantize_transposed(const Weight& weight, int64_t row_begin, int64_t row_end, float* out,
+                           int64_t stride) {
+  Panel panel;
+  alignas(64) uint8_t buffer[kTileBytes<Format>] = {};
+  for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+    if (row_end - row < kTileRows) std::memset(buffer, 0, sizeof(buffer));
+    for (int64_t k = 0; k < weight.k; k += kTileElems) {
+      const int elems = static_cast<int>(min(kTileElems, weight.k - k));
+      unpack_panel<Format>(packed_tile<Format>(weight, row, k, buffer), elems / Format::kBlockElems,
+                           panel);
+      dequantize_panel<ExactShape<Format>>(panel, elems, out + k * stride + row - row_begin,
+                                           stride);
     }
   }
 }
@@ -452,17 +501,20 @@ void dense_columns(const float* weights, const float* x, int elems, float* sums)
   for (int start = 0; start < elems; start += kRun) {
     const int end = min_int(start + kRun, elems);
     VecF acc[kWidth][kRowVectors];
+#pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
       for (int r = 0; r < kRowVectors; ++r) acc[c][r] = zero();
     }
     for (int i = start; i < end; ++i) {
       VecF weight[kRowVectors];
       for (int r = 0; r < kRowVectors; ++r) weight[r] = load(weights + i * 16 + r * kLanes);
+#pragma GCC unroll 24
       for (int c = 0; c < kWidth; ++c) {
         const VecF value = broadcast(x[i * kWidth + c]);
         for (int r = 0; r < kRowVectors; ++r) acc[c][r] = fma(weight[r], value, acc[c][r]);
       }
     }
+#pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
       for (int r = 0; r < kRowVectors; ++r) {
         float* sum = sums + c * 16 + r * kLanes;
@@ -494,7 +546,7 @@ void linear_exact(const LinearArgs& args, float* sums) {
       args, kExactWords, kExactColumns, sums,
       [&](const uint8_t* tile, int elems) {
         unpack_panel<Format>(tile, elems / Format::kBlockElems, panel);
-        dequantize_panel<ExactShape<Format>>(panel, elems, weights);
+        dequantize_panel<ExactShape<Format>>(panel, elems, weights, kTileRows);
       },
       [&](const uint32_t* x, int width, int elems, float* to) {
         with_width<kExactColumns>(width, [&](auto constant) {
@@ -521,37 +573,36 @@ void prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* o
     const int elems = static_cast<int>(min(kTileElems, k - t * kTileElems));
     for (int start = 0; start < elems; start += 32) {
       const float* from = x + t * kTileElems + start;
-      float largest = 0.0f;
-      int finite = 1;
+      // The magnitudes' order is that of their bits, and integers are what a compiler may compare
+      // in any order.
+      int32_t largest_bits = 0;
       for (int i = 0; i < 32; ++i) {
-        const float magnitude = __builtin_fabsf(from[i]);
-        largest = magnitude > largest ? magnitude : largest;
-        finite &= magnitude <= 3.402823466e+38f;
+        const auto bits = static_cast<int32_t>(float_to_bits(from[i]) & 0x7FFFFFFFu);
+        largest_bits = bits > largest_bits ? bits : largest_bits;
       }
       // An infinity or a NaN makes the group's scale NaN, so that it reaches the result.
+      const bool finite = largest_bits < 0x7F800000;
+      const float largest = bits_to_float(static_cast<uint32_t>(largest_bits));
       const float scale = finite ? largest / 127.0f : __builtin_nanf("");
       // A subnormal scale has no finite inverse; such a group is zero to within 1e-38.
       const float inverse = finite && scale > 1.2e-38f ? 1.0f / scale : 0.0f;
-      int32_t codes[32];
+      int32_t wide[32] = {};
+      int8_t codes[32];
       if (inverse != 0.0f) {
         for (int i = 0; i < 32; ++i) {
           // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
           const float shifted = from[i] * inverse + 12582912.0f;
-          codes[i] = static_cast<int32_t>(float_to_bits(shifted)) - 0x4B400000;
+          wide[i] = static_cast<int32_t>(float_to_bits(shifted)) - 0x4B400000;
         }
-      } else {
-        std::memset(codes, 0, sizeof(codes));
       }
+      for (int i = 0; i < 32; ++i) codes[i] = static_cast<int8_t>(wide[i]);
       for (int i = 0; i < 8; ++i) {
-        const int32_t* four = codes + 4 * i;
-        to[(start / 4 + i) * block.width] = (four[0] & 0xFF) | (four[1] & 0xFF) << 8 |
-                                            (four[2] & 0xFF) << 16 |
-                                            static_cast<uint32_t>(four[3] & 0xFF) << 24;
+        std::memcpy(to + (start / 4 + i) * block.width, codes + 4 * i, 4);
       }
       to[(kInt8Scales + start / 32) * block.width] = float_to_bits(scale);
       for (int i = 0; i < 32; i += Format::kGroupElems) {
         int32_t sum = 0;
-        for (int j = 0; j < Format::kGroupElems; ++j) sum += codes[i + j];
+        for (int j = 0; j < Format::kGroupElems; ++j) sum += wide[i + j];
         const int group = (start + i) / Format::kGroupElems;
         to[(kInt8Starts + group) * block.width] = static_cast<uint32_t>(-kOffset * sum);
         to[(kInt8Sums + group) * block.width] = float_to_bits(scale * static_cast<float>(sum));
@@ -571,11 +622,13 @@ template <class Format, int kWidth>
 void int8_columns(const Panel& panel, const uint32_t* x, int elems, float* sums) {
   constexpr int kWords = Format::kGroupElems / 4;
   VecF acc[kWidth][kRowVectors];
+#pragma GCC unroll 24
   for (int c = 0; c < kWidth; ++c) {
     for (int r = 0; r < kRowVectors; ++r) acc[c][r] = load(sums + c * 16 + r * kLanes);
   }
   for (int group = 0; group < elems / Format::kGroupElems; ++group) {
     VecI partial[kWidth][kRowVectors];
+#pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
       const VecI start = broadcast_word(x[(kInt8Starts + group) * kWidth + c]);
       for (int r = 0; r < kRowVectors; ++r) partial[c][r] = start;
@@ -586,14 +639,19 @@ void int8_columns(const Panel& panel, const uint32_t* x, int elems, float* sums)
       const uint32_t* from = x + (group * kWords + word) * kWidth;
       VecI code[kRowVectors];
       for (int r = 0; r < kRowVectors; ++r) code[r] = load_words(codes + 4 * kLanes * r);
+#pragma GCC unroll 24
       for (int c = 0; c < kWidth; ++c) {
-        const VecI value = broadcast_word(from[c]);
         for (int r = 0; r < kRowVectors; ++r) {
-          partial[c][r] = Format::kCodeBits == 8 ? dot4_signed(partial[c][r], code[r], value)
-                                                 : dot4(partial[c][r], code[r], value);
+          if constexpr (Format::kCodeBits == 8) {
+            const VecI value = broadcast_word(static_cast<int32_t>(from[c]));
+            partial[c][r] = dot4_signed(partial[c][r], code[r], value);
+          } else {
+            partial[c][r] = dot4_word(partial[c][r], code[r], from + c);
+          }
         }
       }
     }
+#pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
       const VecF x_scale = broadcast(
           bits_to_float(x[(kInt8Scales + group * Format::kGroupElems / 32) * kWidth + c]));
@@ -609,6 +667,7 @@ void int8_columns(const Panel& panel, const uint32_t* x, int elems, float* sums)
       }
     }
   }
+#pragma GCC unroll 24
   for (int c = 0; c < kWidth; ++c) {
     for (int r = 0; r < kRowVectors; ++r) store(sums + c * 16 + r * kLanes, acc[c][r]);
   }
@@ -660,9 +719,10 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
 
 template <class Format>
 constexpr FormatKernels format_kernels() {
-  return {dequantize<Format>,    dequantize_row<Format>, repack<Format, true>,
-          repack<Format, false>, prepare_exact<Format>,  prepare_int8<Format>,
-          linear_exact<Format>,  linear_int8<Format>,    linear_transposed<Format>};
+  return {dequantize<Format>,       dequantize_row<Format>,        repack<Format, true>,
+          repack<Format, false>,    dequantize_transposed<Format>, prepare_exact<Format>,
+          prepare_int8<Format>,     linear_exact<Format>,          linear_int8<Format>,
+          linear_transposed<Format>};
 }
 
 constexpr Kernels kernel_table(const char* isa) {

@@ -5,7 +5,7 @@ namespace {
 
 // From so many rows of x on, exact products go through torch's own matrix product: by then it costs
 // little to dequantise a panel of the weight first, and no kernel of ours is faster on float32.
-constexpr int64_t kBlasRows = 96;
+constexpr int64_t kBlasRows = 192;
 constexpr int64_t kBlasPanelBytes = 16 << 20;  // of dequantised weight at a time
 
 using Prepare = void (*)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
@@ -25,21 +25,21 @@ Tensor prepare(const float* x, int64_t m, int64_t k, const ActivationLayout& lay
 void linear_by_panels(const Tensor& x, const Weight& weight, const FormatKernels& kernel,
                       const float* bias, int64_t m, Tensor& out) {
   const Tensor rows = torch::stable::view(x, {m, weight.k});
-  Tensor result = torch::stable::view(out, {m, weight.n});
+  const int64_t all_rows = (weight.n + 15) / 16 * 16;
   const int64_t panel_rows =
-      std::min(weight.n, std::max<int64_t>(16, kBlasPanelBytes / (weight.k * 4)));
-  const Tensor panel = empty({panel_rows, weight.k}, ScalarType::Float);
+      std::min(all_rows, std::max<int64_t>(16, kBlasPanelBytes / (weight.k * 4) / 16 * 16));
+  // One vector more: a power of two between elements would send them all to the same cache set.
+  const int64_t stride = panel_rows + 16;
+  Tensor panel = empty({weight.k, stride}, ScalarType::Float);
   auto* values = static_cast<float*>(panel.mutable_data_ptr());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   for (int64_t start = 0; start < weight.n; start += panel_rows) {
     const int64_t count = std::min(panel_rows, weight.n - start);
-    parallel_for(0, count, grain(weight.k), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        kernel.dequantize_row(weight, start + r, values + r * weight.k);
-      }
+    parallel_for(0, (count + 15) / 16, grain(16 * weight.k), [&](int64_t begin, int64_t end) {
+      kernel.dequantize_transposed(weight, start + begin * 16, std::min(start + end * 16, weight.n),
+                                   values + begin * 16, stride);
     });
-    Tensor used = torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count);
-    const Tensor product = torch::stable::matmul(rows, torch::stable::transpose(used, 0, 1));
+    const Tensor product = torch::stable::matmul(rows, torch::stable::narrow(panel, 1, 0, count));
     const auto* from = static_cast<const float*>(product.const_data_ptr());
     parallel_for(0, m, grain(count), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

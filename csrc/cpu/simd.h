@@ -6,7 +6,7 @@
 //
 //   VecF, VecI          kLanes floats, kLanes 32-bit integers; 16 rows are kRowVectors of them
 //   Bytes               one 16-byte chunk of kLineRows rows
-//   dot4(acc, a, b)     acc + four products a lane, a unsigned bytes, b signed ones
+//   dot4_word(acc, a, b)  acc + four products a lane, a unsigned bytes, b one word of signed ones
 //   dot4_signed         the same with codes that have 128 added, taken off: for q8_0 (see there)
 #pragma once
 
@@ -45,6 +45,12 @@ inline VecI load_words(const void* from) { return _mm512_load_si512(from); }
 inline VecI broadcast_word(int32_t word) { return _mm512_set1_epi32(word); }
 inline VecF to_float(VecI value) { return _mm512_cvtepi32_ps(value); }
 inline VecI dot4(VecI acc, VecI a, VecI b) { return _mm512_dpbusd_epi32(acc, a, b); }
+// dot4 with one word of x for all lanes, straight from memory. GCC loads the word into a register
+// first, which costs an instruction for every product.
+inline VecI dot4_word(VecI acc, VecI a, const uint32_t* word) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(a), "m"(*word));
+  return acc;
+}
 constexpr bool kWideProducts = true;  // dot4 is exact for all bytes
 
 // Byte kIndex of each word, a code of kBits bits, less kOffset, as a float. Codes of up to five
@@ -300,6 +306,12 @@ inline void transpose_words(const Bytes* in, uint8_t* out) {
   }
 }
 
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline VecI dot4_word(VecI acc, VecI a, const uint32_t* word) {
+  return dot4(acc, a, broadcast_word(static_cast<int32_t>(*word)));
+}
 #endif
 
 #if !defined(__AVX2__) || defined(__AVX512VNNI__)

@@ -77,13 +77,16 @@ struct Q2_K {
     float d[16], dmin[16];
     rows.halves(8, d);
     rows.halves(9, dmin);
-    for (int g = 0; g < 16; ++g) {
-      const auto word = rows.words(4 + g / 4);
-      const int bit = g % 4 * 8;
-      for (int r = 0; r < 16; ++r) {
-        scales[g][r] = d[r] * static_cast<float>(static_cast<int>(word[r] >> bit & 0xF));
-        shifts[g][r] =
-            -(dmin[r] * static_cast<float>(static_cast<int>(word[r] >> (bit + 4) & 0xF)));
+    for (int i = 0; i < 4; ++i) {
+      const auto word = rows.words(4 + i);
+      for (int j = 0; j < 4; ++j) {
+        float* scale = scales[4 * i + j];
+        float* shift = shifts[4 * i + j];
+        for (int r = 0; r < 16; ++r) {
+          const int byte = word[r] >> 8 * j & 0xFF;
+          scale[r] = d[r] * static_cast<float>(byte & 0xF);
+          shift[r] = -(dmin[r] * static_cast<float>(byte >> 4));
+        }
       }
     }
   }

@@ -156,11 +156,17 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
     expect_close(what + layout + " exact", out, wanted, exact_bound);
     multiply(weight, int8.data(), kernel.linear_int8);
     expect_close(what + layout + " int8", out, wanted, int8_bound);
+    const int64_t stride = (p.n + 15) / 16 * 16;
+    std::vector<float> transposed(p.k * stride);
+    kernel.dequantize_transposed(weight, 0, p.n, transposed.data(), stride);
     for (int64_t row = 0; row < p.n; ++row) {
       std::vector<float> values(p.k);
       kernel.dequantize_row(weight, row, values.data());
       for (int64_t k = 0; k < p.k; ++k) {
         if (!same_bits(values[k], w[row * p.k + k])) fail(what + layout + " dequantize_row");
+        if (!same_bits(transposed[k * stride + row], values[k])) {
+          fail(what + layout + " dequantize_transposed");
+        }
       }
     }
   }
