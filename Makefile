@@ -66,7 +66,7 @@ format: $(VENV)/ready ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 .PHONY: bench
-bench: build ## time linear against F.linear
+bench: build ## time linear against F.linear, and ggml where llama-cpp-python is installed
 	$(BIN)/python benchmarks/bench_cpu.py --short
 
 .PHONY: wheel

@@ -185,6 +185,16 @@ def test_threads_do_not_change_the_result(fmt, compute) -> None:
             torch.set_num_threads(4)
             many = torch_q4.linear(x, blocks, fmt, compute=compute)
             assert torch.equal(one, many)
+        # So few rows that K is split as well: sums in another order.
+        narrow = random_blocks(fmt, 20, 8192)
+        for m in (1, 9):
+            x, bias = torch.randn(m, 8192), torch.randn(20)
+            torch.set_num_threads(1)
+            one = torch_q4.linear(x, narrow, fmt, bias, compute=compute)
+            torch.set_num_threads(4)
+            many = torch_q4.linear(x, narrow, fmt, bias, compute=compute)
+            torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-3)
+            assert m < 9 or not torch.equal(one, many), "the split was not used"
     finally:
         torch.set_num_threads(threads)
 

@@ -43,8 +43,9 @@ constexpr int kExactSums = 256, kExactWords = 272;
 //         per group of 16 or 32 elements, -kOffset * sum(code) as int32, and scale * sum(code).
 constexpr int kInt8Scales = 64, kInt8Starts = 72, kInt8Sums = 88, kInt8Words = 104;
 
-// out[m, n] = bias[n] + sum_k x[m, k] * W[n, k] for all m rows of x and the weight rows
-// [row_begin, row_end), row_begin a multiple of 16. out has weight.n columns; bias may be null.
+// out[m, n] = bias[n] + sum_k x[m, k] * W[n, k] for all m rows of x, the weight rows
+// [row_begin, row_end), row_begin a multiple of 16, and k in the tiles [tile_begin, tile_end). out
+// has weight.n columns; bias may be null.
 struct LinearArgs {
   Weight weight;
   const void* x;  // as prepare_exact or prepare_int8 leaves it
@@ -52,6 +53,7 @@ struct LinearArgs {
   const float* bias;
   float* out;
   int64_t row_begin, row_end;
+  int64_t tile_begin, tile_end;
 };
 
 struct FormatKernels {

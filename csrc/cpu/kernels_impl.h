@@ -329,7 +329,7 @@ inline void for_each_tile(const LinearArgs& args, int words, int widest, float* 
           sums[m * kTileRows + r] = args.bias && r < rows ? args.bias[row + r] : 0.0f;
         }
       }
-      for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
         const int64_t k = t * kTileElems;
         const int elems = static_cast<int>(min(kTileElems, k_total - k));
         begin_tile(packed_tile<Format>(args.weight, row, k, buffer), elems);

@@ -55,6 +55,44 @@ void linear_by_panels(const Tensor& x, const Weight& weight, const FormatKernels
   }
 }
 
+// Runs a kernel over all rows, on all threads. Rows are shared out in groups of 16; where there are
+// fewer groups than threads, K is too, and the parts' results are added up.
+void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float* scratch)) {
+  const int64_t groups = (args.weight.n + 15) / 16;
+  const int64_t tiles = (args.weight.k + kTileElems - 1) / kTileElems;
+  const int64_t work = 16 * args.m * kTileElems;  // of a group's tile
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t worth = std::max<int64_t>(1, groups * tiles / grain(work));
+  const int64_t wanted = groups < threads ? std::min(threads / groups, worth) : 1;
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, tiles));
+  const int64_t outputs = args.m * args.weight.n;
+  std::vector<float> partial((parts - 1) * outputs);
+  const auto of_part = [&](int64_t part) {
+    return part == 0 ? args.out : partial.data() + (part - 1) * outputs;
+  };
+  parallel_for(0, groups * parts, parts > 1 ? 1 : grain(work * tiles),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<float> sums(16 * args.m);
+                 LinearArgs unit = args;
+                 for (int64_t i = begin; i < end;) {
+                   const int64_t part = i / groups;
+                   const int64_t last = std::min(end, (part + 1) * groups);
+                   unit.row_begin = (i - part * groups) * 16;
+                   unit.row_end = std::min((last - part * groups) * 16, args.weight.n);
+                   unit.tile_begin = tiles * part / parts;
+                   unit.tile_end = tiles * (part + 1) / parts;
+                   unit.bias = part == 0 ? args.bias : nullptr;
+                   unit.out = of_part(part);
+                   run(unit, sums.data());
+                   i = last;
+                 }
+               });
+  for (int64_t part = 1; part < parts; ++part) {
+    const float* from = of_part(part);
+    for (int64_t i = 0; i < outputs; ++i) args.out[i] += from[i];
+  }
+}
+
 Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::optional<Tensor> bias,
               std::string compute, bool packed) {
   const FormatInfo format = check_linear(x, blocks, format_id, bias, compute);
@@ -81,15 +119,7 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
                                      exact ? kernels().exact : kernels().int8,
                                      exact ? kernel.prepare_exact : kernel.prepare_int8);
   args.x = activations.const_data_ptr();
-  const auto run = exact ? kernel.linear_exact : kernel.linear_int8;
-  const int64_t groups = (args.weight.n + 15) / 16;
-  parallel_for(0, groups, grain(16 * args.m * k), [&](int64_t begin, int64_t end) {
-    LinearArgs part = args;
-    part.row_begin = begin * 16;
-    part.row_end = std::min(end * 16, args.weight.n);
-    std::vector<float> sums(16 * args.m);
-    run(part, sums.data());
-  });
+  multiply(args, exact ? kernel.linear_exact : kernel.linear_int8);
   return in_dtype(out, x.scalar_type());
 }
 

@@ -142,7 +142,7 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
   std::vector<float> sums(16 * p.m), out(p.m * p.n);
   const auto multiply = [&](const Weight& weight, const void* activations, auto run) {
     out.assign(out.size(), NAN);
-    LinearArgs args{weight, activations, p.m, bias.data(), out.data(), 0, 0};
+    LinearArgs args{weight, activations, p.m, bias.data(), out.data(), 0, 0, 0, tiles};
     const int64_t middle = p.n / 32 * 16;  // in two parts, as two threads would
     for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, p.n}}) {
       args.row_begin = begin;
