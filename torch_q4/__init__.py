@@ -1,7 +1,16 @@
 """Matrix products with GGML-quantised weights that stay packed, as PyTorch operators."""
 
 from torch_q4 import formats
+from torch_q4.checkpoint import (
+    SafetensorsFile,
+    load_checkpoint,
+    load_safetensors,
+    save_checkpoint,
+    save_safetensors,
+)
 from torch_q4.gguf import GGUFError, GGUFFile, GGUFTensor, load_gguf
+from torch_q4.gguf_write import GGUFMetadata, save_gguf
+from torch_q4.importance import Importance, collect_importance, load_importance
 from torch_q4.nn import QuantEmbedding, QuantizeReport, QuantLinear, pack_, quantize_
 from torch_q4.ops import (
     cpu_isa,
@@ -19,20 +28,30 @@ __version__ = "0.1.0"
 __all__ = [
     "GGUFError",
     "GGUFFile",
+    "GGUFMetadata",
     "GGUFTensor",
+    "Importance",
     "QuantEmbedding",
     "QuantLinear",
     "QuantizeReport",
+    "SafetensorsFile",
+    "collect_importance",
     "cpu_isa",
     "dequantize",
     "embedding",
     "formats",
     "linear",
+    "load_checkpoint",
     "load_gguf",
+    "load_importance",
+    "load_safetensors",
     "matmul_q4_0",
     "pack",
     "pack_",
     "quantize",
     "quantize_",
+    "save_checkpoint",
+    "save_gguf",
+    "save_safetensors",
     "unpack",
 ]

@@ -1,0 +1,639 @@
+"""The command line: ``torch-q4``, also ``python -m torch_q4``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_q4 import formats, recipes
+from torch_q4._tensors import info_of
+from torch_q4.convert import (
+    Conversion,
+    architecture_of,
+    compare_files,
+    dequantize_file,
+    open_file,
+    quantize_file,
+)
+from torch_q4.gguf import GGUFFile
+from torch_q4.importance import load_importance
+from torch_q4.ops import _LIBRARY, cpu_isa
+
+__all__ = ["main"]
+
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+_DESCRIPTION = """\
+Weights in GGML's block formats: look at files, quantise, dequantise and compare them.
+
+Files are GGUF or safetensors; the latter also as the folder of a Hugging Face model.
+"""
+_QUANTIZE = """\
+Quantises the matrices of a file. The mixes choose each tensor's format as llama.cpp's quantize tool
+does, for the architectures gemma3, llama, qwen2 and qwen3; --pure works for any.
+
+IN is a GGUF file, a safetensors file, or a folder of a Hugging Face model. OUT ends in .gguf or
+.safetensors; a safetensors IN becomes GGUF if its config.json lies beside it.
+OUT appears when it is complete and not before: an interruption leaves what was there.
+"""
+_QUANTIZE_EXAMPLES = """\
+examples:
+  torch-q4 quantize model-f16.gguf model-q4_k_m.gguf --type q4_k_m
+  torch-q4 quantize model-f16.gguf model-q3_k_m.gguf --type q3_k_m --imatrix imatrix.gguf
+  torch-q4 quantize hf-folder model.gguf --type q8_0 --like other-quantisation-of-it.gguf
+  torch-q4 quantize model.safetensors packed.safetensors --type q4_0 --pure
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors name the command that explains."""
+
+    def error(self, message: str) -> Any:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: the command line without the program's name; by default that of the process.
+
+    Returns:
+        The exit status: 0, 1 where the command failed, 130 where it was interrupted. Wrong usage
+        raises ``SystemExit(2)``, as argparse does.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        return status
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        print("torch-q4: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What reads our output has enough of it. Keep the interpreter's exit from failing on it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"torch-q4: {_described(error)}", file=sys.stderr)
+        return 1
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    if isinstance(error, (ValueError, ImportError, OSError)):
+        return str(error)
+    # Not one that was foreseen: say what it is.
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    threads = _Parser(add_help=False)
+    threads.add_argument(
+        "--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+    threads.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+    parser = _Parser(
+        prog="torch-q4",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"torch-q4 {_version('torch_q4')}")
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    )
+
+    def command(
+        name: str,
+        run: Any,
+        summary: str,
+        parents: list[_Parser],
+        description: str | None = None,
+        epilog: str | None = None,
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = commands.add_parser(
+            name,
+            parents=[*parents, common],
+            help=summary,
+            description=description or f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    info = command("info", _info, "list a file's tensors, formats and sizes", [])
+    info.add_argument("file", metavar="FILE", help="a GGUF or safetensors file, or a folder")
+    info.add_argument("--metadata", action="store_true", help="list the metadata, too")
+
+    quantise = command(
+        "quantize",
+        _quantize,
+        "quantise a file",
+        [threads],
+        _QUANTIZE,
+        _QUANTIZE_EXAMPLES,
+    )
+    quantise.add_argument("source", metavar="IN", help="what to quantise")
+    quantise.add_argument("target", metavar="OUT", help="the file to write")
+    quantise.add_argument(
+        "--type",
+        required=True,
+        type=_mix,
+        metavar="TYPE",
+        help=f"the mix: {', '.join(recipe.name for recipe in recipes.all())}",
+    )
+    quantise.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="an importance matrix, as llama.cpp's imatrix tool writes it: GGUF or the older .dat",
+    )
+    quantise.add_argument(
+        "--pure", action="store_true", help="give every matrix the mix's base format"
+    )
+    quantise.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        type=_override,
+        metavar="PATTERN=FORMAT",
+        help="give tensors whose name has this regular expression in it this format; repeatable, "
+        f"the first that fits counts; formats: {', '.join(f.name for f in _file_formats())}",
+    )
+    quantise.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="quantise tensors that are quantised already, at a loss",
+    )
+    quantise.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, write nothing"
+    )
+
+    undo = command(
+        "dequantize",
+        _dequantize,
+        "write a file's packed tensors as plain numbers",
+        [threads],
+    )
+    undo.add_argument("source", metavar="IN", help="a GGUF or safetensors file, or a folder")
+    undo.add_argument("target", metavar="OUT", help="the file to write, .gguf or .safetensors")
+    undo.add_argument(
+        "--dtype", choices=tuple(_DTYPES), default="f32", help="(default: %(default)s)"
+    )
+    undo.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, write nothing"
+    )
+    for sub in (quantise, undo):
+        sub.add_argument(
+            "--like",
+            metavar="GGUF",
+            help="take metadata and tokenizer from this file, for a safetensors IN and a GGUF OUT",
+        )
+
+    compare = command(
+        "compare",
+        _compare,
+        "tell how far the tensors of two files are apart",
+        [threads],
+        "Tells how far the tensors of two files are apart, name by name: NMSE is\n"
+        "sum (a - b)^2 / sum a^2, max is max |a - b|, cosine that of the angle between them.",
+    )
+    compare.add_argument("a", metavar="A", help="the reference")
+    compare.add_argument("b", metavar="B", help="what is compared with it")
+
+    command(
+        "doctor",
+        _doctor,
+        "say what this installation has, what it lacks and what to do about it",
+        [],
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _mix(text: str) -> recipes.Recipe:
+    try:
+        return recipes.get(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _override(text: str) -> tuple[str, formats.Format]:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise argparse.ArgumentTypeError(f"must be PATTERN=FORMAT, got {text!r}")
+    try:
+        return pattern, formats.get(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _file_formats() -> list[formats.Format]:
+    return [fmt for fmt in formats.all() if fmt.type_id >= 0]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "torch_q4":
+            from torch_q4 import __version__
+
+            return __version__
+        return ""
+
+
+# ---- output --------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None  # JSON has no infinity
+        if isinstance(item, dict):
+            return {key: plain(each) for key, each in item.items()}
+        return [plain(each) for each in item] if isinstance(item, (list, tuple)) else item
+
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Prints columns, the first ``left`` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _count(count: float) -> str:
+    for unit in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.2f}G"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def _info(options: argparse.Namespace) -> int:
+    file = open_file(options.file)
+    infos = [info_of(tensor) for tensor in file.tensors.values()]
+    elements = sum(info.elements for info in infos)
+    nbytes = sum(info.nbytes for info in infos)
+    types: dict[str, list[int]] = {}
+    for info in infos:
+        entry = types.setdefault(info.type_name, [0, 0, 0])
+        for place, value in enumerate((1, info.elements, info.nbytes)):
+            entry[place] += value
+    kind = f"GGUF version {file.version}" if isinstance(file, GGUFFile) else "safetensors"
+    bits = 8 * nbytes / elements if elements else 0.0
+    if options.json:
+        _print_json(
+            {
+                "path": file.path,
+                "kind": kind,
+                "architecture": architecture_of(file),
+                "parameters": elements,
+                "bytes": nbytes,
+                "bits_per_weight": bits,
+                "types": {
+                    name: {"tensors": count, "parameters": parameters, "bytes": size}
+                    for name, (count, parameters, size) in types.items()
+                },
+                "tensors": [
+                    {
+                        "name": info.name,
+                        "type": info.type_name,
+                        "shape": info.shape,
+                        "parameters": info.elements,
+                        "bytes": info.nbytes,
+                    }
+                    for info in infos
+                ],
+                "metadata": dict(file.metadata) if options.metadata else None,
+            }
+        )
+        return 0
+    if options.metadata:
+        for key, stored in file.metadata.items():
+            text = f"{len(stored)} values" if isinstance(stored, list) else repr(stored)
+            print(f"{key} = {text if len(text) <= 120 else text[:117] + '...'}")
+        print()
+    _print_table(
+        ("tensor", "type", "shape", "parameters", "size", "bits"),
+        [
+            (
+                info.name,
+                info.type_name,
+                _shape(info.shape),
+                _count(info.elements),
+                _size(info.nbytes),
+                f"{8 * info.nbytes / info.elements:.2f}" if info.elements else "-",
+            )
+            for info in infos
+        ],
+        left=3,
+    )
+    print()
+    _print_table(
+        ("type", "tensors", "parameters", "size"),
+        [(n, str(c), _count(p), _size(s)) for n, (c, p, s) in types.items()],
+    )
+    print(
+        f"\n{kind}, {architecture_of(file) or 'no architecture'}: {len(infos)} tensors, "
+        f"{_count(elements)} parameters, {_size(nbytes)}, {bits:.2f} bits per weight"
+    )
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> bool | None:
+    """Sets the threads; whether to show a bar, None being as the terminal says."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return False if options.no_progress else None
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    progress = _prepare(options)
+    result = quantize_file(
+        options.source,
+        options.target,
+        options.type.name,
+        importance=load_importance(options.imatrix) if options.imatrix else None,
+        importance_path=options.imatrix,
+        pure=options.pure,
+        overrides=options.tensor_type,
+        allow_requantize=options.allow_requantize,
+        like=options.like,
+        dry_run=options.dry_run,
+        progress=progress,
+    )
+    _report(result, options)
+    return 0
+
+
+def _dequantize(options: argparse.Namespace) -> int:
+    progress = _prepare(options)
+    result = dequantize_file(
+        options.source,
+        options.target,
+        _DTYPES[options.dtype],
+        like=options.like,
+        dry_run=options.dry_run,
+        progress=progress,
+    )
+    _report(result, options)
+    return 0
+
+
+def _report(result: Conversion, options: argparse.Namespace) -> None:
+    if options.json:
+        _print_json(
+            dataclasses.asdict(result)
+            | {"bits_per_weight": result.bits_per_weight, "dry_run": options.dry_run}
+        )
+        return
+    if options.dry_run:
+        _print_table(
+            ("tensor", "shape", "from", "to", "size before", "size after"),
+            [
+                (
+                    row["name"],
+                    _shape(row["shape"]),
+                    row["from"],
+                    row["to"],
+                    _size(row["bytes_before"]),
+                    _size(row["bytes_after"]),
+                )
+                for row in result.tensors
+            ],
+            left=4,
+        )
+        print()
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(
+        f"{len(result.tensors)} tensors, {_size(result.bytes_before)} to "
+        f"{_size(result.bytes_after)}, {result.bits_per_weight:.2f} bits per weight"
+        + (" (dry run: nothing written)" if options.dry_run else f", in {result.seconds:.1f} s")
+    )
+    if not options.dry_run:
+        print(f"wrote {result.target}")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    result = compare_files(options.a, options.b, progress=_prepare(options))
+    if options.json:
+        _print_json(dataclasses.asdict(result))
+        return 0
+    _print_table(
+        ("tensor", "shape", "A", "B", "NMSE", "max", "cosine"),
+        [
+            (
+                error.name,
+                _shape(error.shape),
+                error.type_a,
+                error.type_b,
+                f"{error.nmse:.3e}",
+                f"{error.max_error:.3e}",
+                f"{error.cosine:.6f}",
+            )
+            for error in result.tensors
+        ],
+        left=4,
+    )
+    for what, names in (
+        (f"only in {options.a}", result.only_a),
+        (f"only in {options.b}", result.only_b),
+        ("of different shapes", result.shapes_differ),
+    ):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            print(f"{what}: {', '.join(names[:5])}{more}")
+    if result.tensors:
+        worst = max(result.tensors, key=lambda error: error.nmse)
+        mean = sum(error.nmse for error in result.tensors) / len(result.tensors)
+        exact = sum(error.max_error == 0 for error in result.tensors)
+        print(
+            f"\n{len(result.tensors)} tensors compared, {exact} equal; NMSE mean {mean:.3e}, "
+            f"largest {worst.nmse:.3e} ({worst.name})"
+        )
+    return 0
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+# What the CPU kernels can use, and the packages that some parts need, with what for.
+_CPU_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+)  # fmt: skip
+_PACKAGES = {
+    "safetensors": ("safetensors files", "pip install safetensors"),
+    "tqdm": ("progress bars", "pip install tqdm"),
+    "transformers": ("running GGUF files as models", "pip install 'torch_q4[transformers]'"),
+    "gguf": ("tokenizers of GGUF files", "pip install 'torch_q4[transformers]'"),
+}
+_CODE_OBJECTS = ("*.hsaco", "*.co", "*.fatbin", "*.hipfb", "*.cubin")
+
+
+def _cpu() -> dict[str, Any]:
+    flags: set[str] = set()
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "model name":
+                    name = value.strip()
+                if key.strip() == "flags":
+                    flags = set(value.split())
+                    break
+    except OSError:
+        pass
+    return {
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "features": [feature for feature in _CPU_FEATURES if feature in flags],
+        "missing": [feature for feature in _CPU_FEATURES if feature not in flags],
+        "kernels": cpu_isa(),
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        architecture = getattr(properties, "gcnArchName", "").split(":")[0] or (
+            f"sm_{properties.major}{properties.minor}"
+        )
+        devices.append(
+            {
+                "name": properties.name,
+                "architecture": architecture,
+                "memory": properties.total_memory,
+            }
+        )
+    return devices
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    folder = Path(_LIBRARY).parent
+    objects = sorted(
+        str(path.relative_to(folder)) for pattern in _CODE_OBJECTS for path in folder.rglob(pattern)
+    )
+    backend = "ROCm " + torch.version.hip if torch.version.hip else (
+        "CUDA " + torch.version.cuda if torch.version.cuda else "CPU only"
+    )  # fmt: skip
+    devices = _devices()
+    packages = {name: _version(name) for name in _PACKAGES}
+    problems = [
+        {"problem": f"{name} is not installed, needed for {what}", "fix": fix}
+        for name, (what, fix) in _PACKAGES.items()
+        if not packages[name]
+    ]
+    for device in devices:
+        architecture = device["architecture"]
+        device["code_object"] = next((name for name in objects if architecture in name), None)
+        if device["code_object"] is None:
+            problems.append(
+                {
+                    "problem": f"there must be a code object for {device['name']} "
+                    f"({architecture}), got {', '.join(objects) or 'none at all'}; the CPU works",
+                    "fix": "move the model to the CPU: model.to('cpu')",
+                }
+            )
+    if platform.machine() in ("x86_64", "AMD64") and cpu_isa() == "generic":
+        problems.append(
+            {
+                "problem": "the CPU kernels run without vector instructions, got "
+                f"TORCH_Q4_CPU_ISA={os.environ.get('TORCH_Q4_CPU_ISA', '')!r}",
+                "fix": "unset TORCH_Q4_CPU_ISA, or use a CPU with AVX2",
+            }
+        )
+    cpu = _cpu()
+    report = {
+        "torch_q4": _version("torch_q4"),
+        "library": str(_LIBRARY),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "backend": backend,
+        "formats": [fmt.name for fmt in formats.all()],
+        "cpu": cpu,
+        "devices": devices,
+        "code_objects": objects,
+        "packages": packages,
+        "problems": problems,
+    }
+    if options.json:
+        _print_json(report)
+        return 0
+    lines = {
+        "torch_q4": f"{report['torch_q4']}, {report['library']}",
+        "python": report["python"],
+        "torch": f"{report['torch']}, {backend}",
+        "formats": ", ".join(fmt.name for fmt in formats.all()),
+        "cpu": f"{cpu['name']}, {cpu['threads']} threads",
+        "cpu features": ", ".join(cpu["features"]) or "none that the kernels use",
+        "cpu kernels": cpu["kernels"],
+        "code objects": ", ".join(objects) or "none in this build: GPU kernels are not there",
+    }
+    for device in devices:
+        lines[f"device {devices.index(device)}"] = (
+            f"{device['name']}, {device['architecture']}, {_size(device['memory'])}, code object "
+            f"{device['code_object'] or 'none'}"
+        )
+    lines |= {name: version or "not installed" for name, version in packages.items()}
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        print(f"{name:{width}}  {text}")
+    print()
+    for problem in problems:
+        print(f"problem: {problem['problem']}\n    fix: {problem['fix']}")
+    if not problems:
+        print("no problems found")
+    return 0
