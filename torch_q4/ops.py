@@ -265,11 +265,16 @@ def linear_unchecked(
     Where no gradient can be asked for, it goes past the autograd key: torch.library's rule there is
     Python, and costs more than a small product.
     """
-    wanted = torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    # Inference mode leaves the key out by itself.
-    if wanted or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+    # First whether it is being traced: the compiler cannot look at the rest. Inference mode leaves
+    # the key out by itself.
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or (
+            torch.is_grad_enabled()
+            and (x.requires_grad or (bias is not None and bias.requires_grad))
+        )
+    ):
         return _ops.linear.default(x, blocks, type_id, bias, compute, packed)
     with torch._C._AutoDispatchBelowAutograd():
         return _ops.linear.default(x, blocks, type_id, bias, compute, packed)

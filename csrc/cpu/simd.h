@@ -44,7 +44,6 @@ inline void store_half(uint16_t* to, VecF value) {
 inline VecI load_words(const void* from) { return _mm512_load_si512(from); }
 inline VecI broadcast_word(int32_t word) { return _mm512_set1_epi32(word); }
 inline VecF to_float(VecI value) { return _mm512_cvtepi32_ps(value); }
-inline VecI dot4(VecI acc, VecI a, VecI b) { return _mm512_dpbusd_epi32(acc, a, b); }
 // dot4 with one word of x for all lanes, straight from memory. GCC loads the word into a register
 // first, which costs an instruction for every product.
 inline VecI dot4_word(VecI acc, VecI a, const uint32_t* word) {
