@@ -49,10 +49,9 @@ def test_wheel(tmp_path) -> None:
     """One wheel for every Python, with the library and the type marker inside, that works."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     source = tmp_path / "source"
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
-    for name in names.split():  # a copy: the build directory of the checkout stays as it is
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
+    # A copy without what builds made: the checkout's own build directory stays as it is.
+    made = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=made)
     build = [*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."]
     subprocess.run(build, cwd=source, check=True)
     (wheel,) = tmp_path.glob("*.whl")
