@@ -29,12 +29,9 @@ struct Weight {
 
 // Activations as the linear kernels read them: columns of x side by side, so that a kernel for C
 // of them finds what it multiplies with one weight in C consecutive words. Columns go in blocks of
-// `width` (the last one narrower), elements in tiles of 256, padded with zeros. Of each column,
-// a tile has the words below, and word w of column c lies at [w * C + c] from the tile's start.
-struct ActivationLayout {
-  int width;  // columns in a block
-  int words;  // 32-bit words of a column's tile
-};
+// equal width, as wide as the instruction set's registers allow; elements in tiles of 256, padded
+// with zeros. Of each column, a tile has the words below, and word w of column c of a block lies at
+// [w * C + c] from the tile's start. All of m columns take m * tiles * words words.
 
 // exact:  256 floats x, then per group of 16 or 32 elements the sum of x.
 constexpr int kExactSums = 256, kExactWords = 272;
@@ -68,7 +65,7 @@ struct FormatKernels {
   // elements `stride` floats apart; writes up to a multiple of 16 rows.
   void (*dequantize_transposed)(const Weight& weight, int64_t row_begin, int64_t row_end,
                                 float* out, int64_t stride);
-  // Writes column `m` of x, k floats, into `out`, whose layout is `exact` or `int8` below.
+  // Writes column `m` of x, k floats, into `out`, as described above.
   void (*prepare_exact)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
   void (*prepare_int8)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
   // scratch: 16 floats for each of the m columns.
@@ -82,7 +79,6 @@ struct FormatKernels {
 
 struct Kernels {
   const char* isa;
-  ActivationLayout exact, int8;
   FormatKernels formats[kFormatCount];
   void (*half_to_float)(const uint16_t* from, float* to, int64_t count);
   void (*float_to_half)(const float* from, uint16_t* to, int64_t count);

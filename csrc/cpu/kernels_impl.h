@@ -728,8 +728,6 @@ constexpr FormatKernels format_kernels() {
 constexpr Kernels kernel_table(const char* isa) {
 #define TORCH_Q4_ENTRY(Format) format_kernels<Format>(),
   return {isa,
-          {kExactColumns, kExactWords},
-          {kInt8Columns, kInt8Words},
           {TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)},
           half_to_float_array,
           float_to_half_array,

@@ -11,9 +11,9 @@ constexpr int64_t kBlasPanelBytes = 16 << 20;  // of dequantised weight at a tim
 using Prepare = void (*)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
 
 // x as the kernels read it, in memory from torch's allocator.
-Tensor prepare(const float* x, int64_t m, int64_t k, const ActivationLayout& layout, Prepare run) {
+Tensor prepare(const float* x, int64_t m, int64_t k, int words, Prepare run) {
   const int64_t tiles = (k + kTileElems - 1) / kTileElems;
-  Tensor out = empty({m * tiles * layout.words}, ScalarType::Float);
+  Tensor out = empty({m * tiles * words}, ScalarType::Float);
   void* to = out.mutable_data_ptr();
   parallel_for(0, m, grain(k), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) run(x + row * k, k, row, m, to);
@@ -115,9 +115,9 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
     return in_dtype(out, x.scalar_type());
   }
   const int64_t k = args.weight.k;
-  const Tensor activations = prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
-                                     exact ? kernels().exact : kernels().int8,
-                                     exact ? kernel.prepare_exact : kernel.prepare_int8);
+  const Tensor activations =
+      prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
+              exact ? kExactWords : kInt8Words, exact ? kernel.prepare_exact : kernel.prepare_int8);
   args.x = activations.const_data_ptr();
   multiply(args, exact ? kernel.linear_exact : kernel.linear_int8);
   return in_dtype(out, x.scalar_type());

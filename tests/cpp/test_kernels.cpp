@@ -133,8 +133,8 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
   const Weight weights[] = {{blocks.data(), p.n, p.k, false}, {packed.data(), p.n, p.k, true}};
 
   const int64_t tiles = (p.k + 255) / 256;
-  std::vector<uint32_t> exact(p.m * tiles * kernels.exact.words);
-  std::vector<uint32_t> int8(p.m * tiles * kernels.int8.words);
+  std::vector<uint32_t> exact(p.m * tiles * cpu::kExactWords);
+  std::vector<uint32_t> int8(p.m * tiles * cpu::kInt8Words);
   for (int64_t m = 0; m < p.m; ++m) {
     kernel.prepare_exact(x.data() + m * p.k, p.k, m, p.m, exact.data());
     kernel.prepare_int8(x.data() + m * p.k, p.k, m, p.m, int8.data());
