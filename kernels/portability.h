@@ -1,17 +1,26 @@
-// The only file under kernels/ that knows which compiler reads it: a host C++ compiler, hipcc or
-// nvcc. Everything else is written once against the names below.
+// The only file under kernels/ that knows which compiler reads it, a host C++ compiler, hipcc or
+// nvcc, and for which GPU. Everything else is written once against the names below.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(__HIPCC__)
+#include <hip/hip_runtime.h>
+#endif
+
 #if defined(__HIPCC__) || defined(__CUDACC__)
 #define TORCH_Q4_HOST_DEVICE __host__ __device__
+#define TORCH_Q4_GPU_COMPILER 1
 #else
 #define TORCH_Q4_HOST_DEVICE
 #endif
 
-#if defined(__F16C__) && !defined(__HIPCC__) && !defined(__CUDACC__)
+#if defined(__HIP_DEVICE_COMPILE__) || defined(__CUDA_ARCH__)
+#define TORCH_Q4_DEVICE_CODE 1
+#endif
+
+#if defined(__F16C__) && !defined(TORCH_Q4_GPU_COMPILER)
 #define TORCH_Q4_HOST_AVX2 1  // every CPU with AVX2 has F16C
 #include <immintrin.h>
 #endif
@@ -27,20 +36,26 @@ namespace TORCH_Q4_NAMESPACE {
 
 TORCH_Q4_HOST_DEVICE inline float bits_to_float(uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, sizeof(value));
+  __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
 TORCH_Q4_HOST_DEVICE inline uint32_t float_to_bits(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  __builtin_memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
 // IEEE binary16 bits to float32; exact for every input, subnormals included.
 TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half) {
-#ifdef TORCH_Q4_HOST_AVX2
+#if defined(TORCH_Q4_HOST_AVX2)
   return _cvtsh_ss(half);
+#elif defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  return static_cast<float>(__builtin_bit_cast(_Float16, half));
 #else
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7FFFu;
@@ -57,8 +72,14 @@ TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half) {
 
 // float32 to IEEE binary16 bits, rounding to nearest even, overflowing to infinity.
 TORCH_Q4_HOST_DEVICE inline uint16_t float_to_half(float value) {
-#ifdef TORCH_Q4_HOST_AVX2
+#if defined(TORCH_Q4_HOST_AVX2)
   return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__CUDA_ARCH__)
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
+  return half;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(value));
 #else
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -98,5 +119,550 @@ TORCH_Q4_HOST_DEVICE inline void expand_to_16(uint32_t bits, uint8_t* out) {
   }
 #endif
 }
+
+#ifdef TORCH_Q4_GPU_COMPILER
+
+// ---- on a GPU
+// ------------------------------------------------------------------------------------
+
+#define TORCH_Q4_DEVICE __device__ __forceinline__
+
+// Of gfx9, the older ones have half the registers: there a thread that holds a whole part's codes
+// while it multiplies leaves too little room for other waves.
+#if defined(__gfx906__) || defined(__gfx908__)
+constexpr bool kFewRegisters = true;
+#else
+constexpr bool kFewRegisters = false;
+#endif
+
+// A kernel's thread block, of which `blocks` should fit on an NVIDIA multiprocessor together. HIP's
+// second bound means something else, and AMD's compiler needs none.
+#if defined(__CUDACC__)
+#define TORCH_Q4_BLOCKS(threads, blocks) __launch_bounds__(threads, blocks)
+#else
+#define TORCH_Q4_BLOCKS(threads, blocks) __launch_bounds__(threads)
+#endif
+
+// Keeps the compiler from moving loads across: it would rather have all that a loop's body reads in
+// registers at once, at the cost of the number of waves that fit beside each other.
+TORCH_Q4_DEVICE void schedule_fence() {
+#if defined(__HIP_DEVICE_COMPILE__)
+  __builtin_amdgcn_sched_barrier(0);
+#elif defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// The value, of which the compiler no longer knows that it is the same in every turn of a loop.
+// Otherwise it keeps what follows from it, such as the addresses of many columns, in registers.
+TORCH_Q4_DEVICE int64_t recomputed(int64_t value) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  asm volatile("" : "+s"(value));
+#endif
+  return value;
+}
+
+// The element types of activations, as tags: their values are handled as bits, two in a word.
+struct Float32 {};
+struct Float16 {};
+struct BFloat16 {};
+
+// Lanes that run in step: 64 on gfx9, 32 on later AMD architectures and on NVIDIA.
+#if defined(__GFX9__)
+constexpr int kWaveLanes = 64;
+#else
+constexpr int kWaveLanes = 32;
+#endif
+
+// The value, which the caller knows to be the same in all lanes of a wave: AMD's compiler then
+// keeps it, and addresses that follow from it, in scalar registers.
+TORCH_Q4_DEVICE int same_in_wave(int value) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  return __builtin_amdgcn_readfirstlane(value);
+#else
+  return value;
+#endif
+}
+
+// A product that is rounded to float16 next. LLVM makes one instruction of the two that adds +0 on
+// the way, and so turns -0 into +0.
+TORCH_Q4_DEVICE float signed_product(float a, float b) {
+  float product = a * b;
+#if defined(__HIP_DEVICE_COMPILE__)
+  asm("" : "+v"(product));
+#endif
+  return product;
+}
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+// Bytes kA, kB, kC and kD of the eight bytes of low (0 to 3) and high (4 to 7), lowest first.
+template <int kA, int kB, int kC, int kD>
+TORCH_Q4_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  return __builtin_amdgcn_perm(high, low, kA | kB << 8 | kC << 16 | kD << 24);
+#elif defined(__CUDA_ARCH__)
+  return __byte_perm(low, high, kA | kB << 4 | kC << 8 | kD << 12);
+#else
+  return 0;
+#endif
+}
+
+// acc + sum of the products of four signed bytes.
+TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc) {
+#if defined(__GFX11__) || defined(__GFX12__)
+  return __builtin_amdgcn_sudot4(true, static_cast<int>(a), true, static_cast<int>(b), acc, false);
+#elif defined(__HIP_DEVICE_COMPILE__)
+  return __builtin_amdgcn_sdot4(static_cast<int>(a), static_cast<int>(b), acc, false);
+#elif defined(__CUDA_ARCH__)
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), acc);
+#else
+  return acc;
+#endif
+}
+
+// code_to_float<kIndex, kBits>(prepare_codes<kBits>(word)) is kCodeBias<kBits> + byte kIndex of the
+// word, a code of kBits bits. AMD converts a byte in one instruction; NVIDIA's conversions run at a
+// sixteenth of the rate of its other instructions, so there the code becomes the leading bits of a
+// float's mantissa, over the exponent of 2^kBits. That bias costs nothing, being taken off by the
+// multiply-add that scales the code, and is small enough to cost no precision either.
+#if defined(__HIP_DEVICE_COMPILE__)
+template <int kBits>
+constexpr int kCodeBias = 0;
+template <int kBits>
+TORCH_Q4_DEVICE uint32_t prepare_codes(uint32_t word) {
+  return word;
+}
+template <int kIndex, int kBits>
+TORCH_Q4_DEVICE float code_to_float(uint32_t word) {
+  return static_cast<float>(word >> 8 * kIndex & 0xFFu);
+}
+#else
+template <int kBits>
+constexpr int kCodeBias = kBits < 8 ? 1 << kBits : 0;
+template <int kBits>
+TORCH_Q4_DEVICE uint32_t prepare_codes(uint32_t word) {
+  // The lowest bit of the exponent is the highest one of the byte that holds the code.
+  return kBits < 8 ? word << (7 - kBits) | (127 + kBits) % 2 * 0x80808080u : word;
+}
+template <int kIndex, int kBits>
+TORCH_Q4_DEVICE float code_to_float(uint32_t word) {
+  if constexpr (kBits < 8) {
+    constexpr uint32_t kExponent = static_cast<uint32_t>(127 + kBits) / 2 << 24;
+    return bits_to_float(select_bytes<4, 4, kIndex, 7>(word, kExponent));
+  } else {
+    // A whole byte does not lie beneath the exponent of 2^8: above 2^23, and exactly back.
+    return bits_to_float(select_bytes<kIndex, 4, 4, 7>(word, 0x4B000000u)) - 0x1p23f;
+  }
+}
+#endif
+
+// Two floats rounded to nearest even, the first in the low half.
+template <class T>
+TORCH_Q4_DEVICE uint32_t round_pair(float low, float high);
+
+template <>
+TORCH_Q4_DEVICE uint32_t round_pair<Float16>(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return float_to_half(low) | static_cast<uint32_t>(float_to_half(high)) << 16;
+#endif
+}
+
+template <>
+TORCH_Q4_DEVICE uint32_t round_pair<BFloat16>(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#elif defined(__gfx950__)
+  using Pair = __bf16 __attribute__((ext_vector_type(2)));
+  const Pair pair = {static_cast<__bf16>(low), static_cast<__bf16>(high)};
+  return __builtin_bit_cast(uint32_t, pair);
+#else
+  const auto rounded = [](float value) {
+    const uint32_t bits = float_to_bits(value);
+    // The mantissa's carry runs into the exponent as it should. A NaN must stay one.
+    const uint32_t up = bits + 0x7FFFu + (bits >> 16 & 1u);
+    return value == value ? up : 0x7FC00000u;
+  };
+  return select_bytes<2, 3, 6, 7>(rounded(low), rounded(high));
+#endif
+}
+
+template <class T>
+TORCH_Q4_DEVICE float low_of_pair(uint32_t pair);
+template <class T>
+TORCH_Q4_DEVICE float high_of_pair(uint32_t pair);
+
+template <>
+TORCH_Q4_DEVICE float low_of_pair<Float16>(uint32_t pair) {
+  return half_to_float(static_cast<uint16_t>(pair));
+}
+template <>
+TORCH_Q4_DEVICE float high_of_pair<Float16>(uint32_t pair) {
+  return half_to_float(static_cast<uint16_t>(pair >> 16));
+}
+template <>
+TORCH_Q4_DEVICE float low_of_pair<BFloat16>(uint32_t pair) {
+  return bits_to_float(pair << 16);
+}
+template <>
+TORCH_Q4_DEVICE float high_of_pair<BFloat16>(uint32_t pair) {
+  return bits_to_float(pair & 0xFFFF0000u);
+}
+
+// Whether dot2<T> is one instruction: exact products of two pairs, added up in float32.
+template <class T>
+constexpr bool kHasDot2 = false;
+#if defined(__HIP_DEVICE_COMPILE__)
+template <>
+constexpr bool kHasDot2<Float16> = true;
+#endif
+#if defined(__gfx950__) || defined(__GFX11__) || defined(__GFX12__)
+#define TORCH_Q4_DOT2_BF16 1
+template <>
+constexpr bool kHasDot2<BFloat16> = true;
+#endif
+
+template <class T>
+TORCH_Q4_DEVICE float dot2(uint32_t a, uint32_t b, float acc) {
+  acc = fmaf(low_of_pair<T>(a), low_of_pair<T>(b), acc);
+  return fmaf(high_of_pair<T>(a), high_of_pair<T>(b), acc);
+}
+#if defined(__HIP_DEVICE_COMPILE__)
+template <>
+TORCH_Q4_DEVICE float dot2<Float16>(uint32_t a, uint32_t b, float acc) {
+  using Pair = _Float16 __attribute__((ext_vector_type(2)));
+  return __builtin_amdgcn_fdot2(__builtin_bit_cast(Pair, a), __builtin_bit_cast(Pair, b), acc,
+                                false);
+}
+#endif
+#if defined(TORCH_Q4_DOT2_BF16)
+template <>
+TORCH_Q4_DEVICE float dot2<BFloat16>(uint32_t a, uint32_t b, float acc) {
+  using Pair = __bf16 __attribute__((ext_vector_type(2)));
+  return __builtin_amdgcn_fdot2_f32_bf16(__builtin_bit_cast(Pair, a), __builtin_bit_cast(Pair, b),
+                                         acc, false);
+}
+#endif
+
+// Whether the GPU multiplies and adds two T at a time, and those operations.
+template <class T>
+constexpr bool kHasPairMath = false;
+template <>
+constexpr bool kHasPairMath<Float16> = true;
+#if !defined(__HIP_DEVICE_COMPILE__)
+template <>
+constexpr bool kHasPairMath<BFloat16> = true;
+#endif
+
+template <class T>
+TORCH_Q4_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b);
+template <class T>
+TORCH_Q4_DEVICE uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c);
+
+template <>
+TORCH_Q4_DEVICE uint32_t add_pairs<Float16>(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t sum;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  using Pair = _Float16 __attribute__((ext_vector_type(2)));
+  return __builtin_bit_cast(uint32_t, __builtin_bit_cast(Pair, a) + __builtin_bit_cast(Pair, b));
+#else
+  return a + b;
+#endif
+}
+template <>
+TORCH_Q4_DEVICE uint32_t fma_pairs<Float16>(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  using Pair = _Float16 __attribute__((ext_vector_type(2)));
+  return __builtin_bit_cast(
+      uint32_t, __builtin_elementwise_fma(__builtin_bit_cast(Pair, a), __builtin_bit_cast(Pair, b),
+                                          __builtin_bit_cast(Pair, c)));
+#else
+  return a + b + c;
+#endif
+}
+#if defined(__CUDA_ARCH__)
+template <>
+TORCH_Q4_DEVICE uint32_t fma_pairs<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+template <>
+TORCH_Q4_DEVICE uint32_t add_pairs<BFloat16>(uint32_t a, uint32_t b) {
+  return fma_pairs<BFloat16>(a, 0x3F803F80u, b);  // sm_80 has no addition by itself
+}
+#endif
+
+// Ends the kernel with an error that the next call of the driver reports.
+TORCH_Q4_DEVICE void stop_with_error() {
+#if defined(__CUDA_ARCH__)
+  __trap();
+#elif defined(__HIP_DEVICE_COMPILE__)
+  __builtin_trap();
+#endif
+}
+
+// ---- the matrix tile
+// -----------------------------------------------------------------------------
+//
+// A wave multiplies 16 rows of W with 16 columns, rows of x, over elements of k that it takes in
+// portions: 16 elements, eight words of two, at a time of each of its lanes. Lanes with the same
+// row and different k_lane hold different portions; a lane of W and one of x that meet in a product
+// hold the same. Since every matrix instruction adds up all of its k, which of them stands where
+// inside of it does not matter, as long as W and x agree: so all take the words in their order.
+//
+//   kRowSlots      rows of W whose portions one lane holds, those at place(lane, 0 ...)
+//   kColumnSlots   columns of x that one lane holds, column(lane, 0 ...)
+//   kKLanes        lanes that hold different portions of the same row
+//   kSums          sums that a lane keeps for each column slot; sum r of slot c is that of the row
+//                  at sum_place(lane, r) and column sum_column(lane, c, r)
+//   kPartialSums   whether the sums of the k_lanes have still to be added up
+//   kMaxTiles      tiles of 16 columns for which one wave may keep its sums
+//   multiply       adds the products of a portion
+#if defined(__CUDA_ARCH__) || !defined(TORCH_Q4_DEVICE_CODE)
+
+// mma.sync.m16n8k16 twice. PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type":
+// with g = lane / 4 and t = lane % 4, A's registers hold rows g, g + 8, g, g + 8, the first two for
+// k = 2 t, 2 t + 1, the others for k = 2 t + 8, 2 t + 9; B's two registers the same k of column g;
+// C's row g, columns 2 t, 2 t + 1, then the same of row g + 8.
+template <class T>
+struct Tile {
+  static constexpr int kRowSlots = 2, kColumnSlots = 2, kKLanes = 4, kSums = 4, kMaxTiles = 4;
+  static constexpr bool kPartialSums = false;
+
+  TORCH_Q4_DEVICE static int place(int lane, int slot) { return lane / 4 + 8 * slot; }
+  TORCH_Q4_DEVICE static int column(int lane, int slot) { return lane / 4 + 8 * slot; }
+  TORCH_Q4_DEVICE static int k_lane(int lane) { return lane % 4; }
+  TORCH_Q4_DEVICE static int sum_place(int lane, int sum) { return lane / 4 + sum / 2 * 8; }
+  TORCH_Q4_DEVICE static int sum_column(int lane, int slot, int sum) {
+    return 8 * slot + lane % 4 * 2 + sum % 2;
+  }
+
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[2][8], const uint32_t (&x)[8],
+                                       float (&sums)[4]) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      step(w[0][i], w[1][i], w[0][i + 1], w[1][i + 1], x[i], x[i + 1], sums);
+    }
+  }
+
+ private:
+  TORCH_Q4_DEVICE static void step(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                   uint32_t b1, float (&c)[4]);
+};
+
+#define TORCH_Q4_MMA(T, type)                                                            \
+  template <>                                                                            \
+  TORCH_Q4_DEVICE void Tile<T>::step(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                                     uint32_t b0, uint32_t b1, float (&c)[4]) {          \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                           \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                 \
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                         \
+  }
+TORCH_Q4_MMA(Float16, "f16")
+TORCH_Q4_MMA(BFloat16, "bf16")
+#undef TORCH_Q4_MMA
+
+#elif defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) || defined(__gfx950__)
+
+// v_mfma_f32_16x16x16: AMD's CDNA ISA documents ("Matrix Arithmetic Instructions") give, for one
+// block of 16x16, A[lane % 16][4 (lane / 16) + i] and B[4 (lane / 16) + i][lane % 16] in the four
+// halves i, and D[4 (lane / 16) + r][lane % 16] in register r. The variants over 8 and 32 elements
+// of k have two and eight of them instead of four, and the same D.
+template <class T>
+struct Tile {
+  static constexpr int kRowSlots = 1, kColumnSlots = 1, kKLanes = 4, kSums = 4, kMaxTiles = 4;
+  static constexpr bool kPartialSums = false;
+
+  TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int column(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int k_lane(int lane) { return lane / 16; }
+  TORCH_Q4_DEVICE static int sum_place(int lane, int sum) { return lane / 16 * 4 + sum; }
+  TORCH_Q4_DEVICE static int sum_column(int lane, int, int) { return lane % 16; }
+
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
+                                       float (&sums)[4]) {
+    Sums c = {sums[0], sums[1], sums[2], sums[3]};
+    steps(w[0], x, c);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = c[i];
+  }
+
+ private:
+  using Sums = float __attribute__((ext_vector_type(4)));
+  TORCH_Q4_DEVICE static void steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c);
+
+  template <class Vector>
+  TORCH_Q4_DEVICE static Vector words(const uint32_t* from) {
+    Vector vector;
+    __builtin_memcpy(&vector, from, sizeof(vector));
+    return vector;
+  }
+};
+
+template <>
+TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c) {
+#if defined(__gfx950__)
+  using Eight = _Float16 __attribute__((ext_vector_type(8)));
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    c = __builtin_amdgcn_mfma_f32_16x16x32_f16(words<Eight>(w + i), words<Eight>(x + i), c, 0, 0,
+                                               0);
+  }
+#else
+  using Four = _Float16 __attribute__((ext_vector_type(4)));
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    c = __builtin_amdgcn_mfma_f32_16x16x16f16(words<Four>(w + i), words<Four>(x + i), c, 0, 0, 0);
+  }
+#endif
+}
+
+template <>
+TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8],
+                                           Sums& c) {
+#if defined(__gfx950__)
+  using Eight = __bf16 __attribute__((ext_vector_type(8)));
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    c = __builtin_amdgcn_mfma_f32_16x16x32_bf16(words<Eight>(w + i), words<Eight>(x + i), c, 0, 0,
+                                                0);
+  }
+#elif defined(__gfx908__)
+  using Two = short __attribute__((ext_vector_type(2)));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    c = __builtin_amdgcn_mfma_f32_16x16x8bf16(words<Two>(w + i), words<Two>(x + i), c, 0, 0, 0);
+  }
+#else
+  using Four = short __attribute__((ext_vector_type(4)));
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    c = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(words<Four>(w + i), words<Four>(x + i), c, 0, 0,
+                                                  0);
+  }
+#endif
+}
+
+#elif defined(__GFX11__) || defined(__GFX12__)
+
+// v_wmma_f32_16x16x16 in wave32. RDNA3's ISA document ("Wave Matrix Multiply Accumulate") gives a
+// lane of A a whole row, lane % 16, with all 16 elements of k, and the upper 16 lanes repeat the
+// lower ones; B is the same with columns, and register r of D holds row 2 r + lane / 16 of column
+// lane % 16. RDNA4 repeats nothing: the upper 16 lanes hold the other half of k, so that an
+// instruction takes half a portion of each lane, and register r of D is row 8 (lane / 16) + r.
+template <class T>
+struct Tile {
+#if defined(__GFX12__)
+  static constexpr int kKLanes = 2;
+#else
+  static constexpr int kKLanes = 1;
+#endif
+  static constexpr int kRowSlots = 1, kColumnSlots = 1, kSums = 8, kMaxTiles = 4;
+  static constexpr bool kPartialSums = false;
+
+  TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int column(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int k_lane(int lane) { return kKLanes == 2 ? lane / 16 : 0; }
+  TORCH_Q4_DEVICE static int sum_place(int lane, int sum) {
+    return kKLanes == 2 ? lane / 16 * 8 + sum : 2 * sum + lane / 16;
+  }
+  TORCH_Q4_DEVICE static int sum_column(int lane, int, int) { return lane % 16; }
+
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
+                                       float (&sums)[8]) {
+    Sums c = words<Sums>(reinterpret_cast<const uint32_t*>(sums));
+    steps(w[0], x, c);
+    __builtin_memcpy(sums, &c, sizeof(c));
+  }
+
+ private:
+  using Sums = float __attribute__((ext_vector_type(8)));
+  TORCH_Q4_DEVICE static void steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c);
+
+  template <class Vector>
+  TORCH_Q4_DEVICE static Vector words(const uint32_t* from) {
+    Vector vector;
+    __builtin_memcpy(&vector, from, sizeof(vector));
+    return vector;
+  }
+};
+
+#if defined(__GFX12__)
+template <>
+TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c) {
+  using Eight = _Float16 __attribute__((ext_vector_type(8)));
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(words<Eight>(w + i), words<Eight>(x + i),
+                                                         c);
+  }
+}
+template <>
+TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8],
+                                           Sums& c) {
+  using Eight = short __attribute__((ext_vector_type(8)));
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(words<Eight>(w + i), words<Eight>(x + i),
+                                                          c);
+  }
+}
+#else
+template <>
+TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c) {
+  using Sixteen = _Float16 __attribute__((ext_vector_type(16)));
+  c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(words<Sixteen>(w), words<Sixteen>(x), c);
+}
+template <>
+TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8],
+                                           Sums& c) {
+  using Sixteen = short __attribute__((ext_vector_type(16)));
+  c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(words<Sixteen>(w), words<Sixteen>(x), c);
+}
+#endif
+
+#else
+
+// No matrix instructions (gfx906, gfx10): a lane multiplies its row with all 16 columns by dot2,
+// and the k_lanes' sums are added up at the end.
+template <class T>
+struct Tile {
+  static constexpr int kRowSlots = 1, kColumnSlots = 16, kKLanes = kWaveLanes / 16, kSums = 1;
+  static constexpr int kMaxTiles = 2;  // more would not fit into the instruction cache
+  static constexpr bool kPartialSums = true;
+
+  TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int column(int, int slot) { return slot; }
+  TORCH_Q4_DEVICE static int k_lane(int lane) { return lane / 16; }
+  TORCH_Q4_DEVICE static int sum_place(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int sum_column(int, int slot, int) { return slot; }
+
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
+                                       float (&sums)[1]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[0] = dot2<T>(w[0][i], x[i], sums[0]);
+  }
+};
+
+#endif
+
+#endif  // TORCH_Q4_GPU_COMPILER
 
 }  // namespace TORCH_Q4_NAMESPACE

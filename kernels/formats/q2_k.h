@@ -67,7 +67,7 @@ struct Q2_K {
                                       {4, 4},   {8, 4},   {12, 4},  {80, 2},  {82, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto line = rows.line(segment / 8 * 2 + segment % 2);
     return line >> segment / 2 % 4 * 2 & 3;
   }
@@ -88,6 +88,19 @@ struct Q2_K {
           shift[r] = -(dmin[r] * static_cast<float>(byte >> 4));
         }
       }
+    }
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
+                                               float* shifts) {
+    const float d = row.template half<8>(), dmin = row.template half<9>();
+    const uint32_t low = part < 2 ? row.template word<4>() : row.template word<6>();
+    const uint32_t high = part < 2 ? row.template word<5>() : row.template word<7>();
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t byte = (i < 2 ? low : high) >> (part % 2 * 8 + i % 2 * 16);
+      scales[i] = d * static_cast<float>(byte & 0xF);
+      shifts[i] = -(dmin * static_cast<float>(byte >> 4 & 0xF));
     }
   }
 

@@ -51,7 +51,7 @@ struct Q3_K {
                                       {16, 16}, {96, 4},  {100, 4}, {104, 4}, {108, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto low = rows.line(segment / 8 * 2 + segment % 2) >> segment / 2 % 4 * 2 & 3;
     const auto top = rows.line(4 + segment % 2) >> segment / 2 & 1;
     return low | top << 2;
@@ -71,6 +71,20 @@ struct Q3_K {
         const uint32_t top = tops[r] >> (bit + g / 4 * 2) & 3;
         scales[g][r] = d[r] * static_cast<float>(static_cast<int>(low | top << 4) - 32);
       }
+    }
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
+                                               float* /*shifts*/) {
+    const float d = row.template half<9>();
+    const uint32_t tops = row.template word<8>() >> part / 2 * 4;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t lows = i < 2 ? row.template word<6>() : row.template word<7>();
+      const int bit = part % 2 * 8 + i % 2 * 16;
+      const uint32_t low = lows >> (bit + part / 2 * 4) & 0xF;
+      const uint32_t top = tops >> (bit + i / 2 * 2) & 3;
+      scales[i] = d * static_cast<float>(static_cast<int32_t>(low | top << 4) - 32);
     }
   }
 

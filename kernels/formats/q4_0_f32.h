@@ -40,7 +40,7 @@ struct Q4_0_F32 {
   static constexpr Chunk kChunks[] = {{4, 16}, {0, 4}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto line = rows.line(0);
     return rows.interleave(line & 0xF, line >> 4, segment);
   }
@@ -48,6 +48,12 @@ struct Q4_0_F32 {
   template <class Rows>
   static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
     rows.floats(1, scales[0]);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int /*part*/, float* scales,
+                                               float* /*shifts*/) {
+    scales[0] = bits_to_float(row.template word<1>());
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -34,7 +34,7 @@ struct Q4_1 {
   static constexpr Chunk kChunks[] = {{4, 16}, {0, 2}, {2, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     return segment == 0 ? rows.line(0) & 0xF : rows.line(0) >> 4;
   }
 
@@ -42,6 +42,13 @@ struct Q4_1 {
   static void packed_scales(const Rows& rows, float (*scales)[16], float (*shifts)[16]) {
     rows.halves(1, scales[0]);
     rows.halves(2, shifts[0]);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int /*part*/, float* scales,
+                                               float* shifts) {
+    scales[0] = row.template half<1>();
+    shifts[0] = row.template half<2>();
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -61,7 +61,7 @@ struct Q4_K {
                                       {12, 4},  {0, 2},    {2, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto line = rows.line(segment / 4 * 2 + segment % 2);
     return segment / 2 % 2 == 0 ? line & 0xF : line >> 4;
   }
@@ -72,6 +72,13 @@ struct Q4_K {
     rows.halves(11, d);
     rows.halves(12, dmin);
     packed_6bit_pairs(rows.words(8), rows.words(9), rows.words(10), d, dmin, scales, shifts);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
+                                               float* shifts) {
+    part_6bit_pairs(row.template word<8>(), row.template word<9>(), row.template word<10>(),
+                    row.template half<11>(), row.template half<12>(), part, scales, shifts);
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -35,7 +35,7 @@ struct Q5_1 {
   static constexpr Chunk kChunks[] = {{8, 16}, {4, 2, true}, {6, 2, true}, {0, 2}, {2, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto low = segment == 0 ? rows.line(0) & 0xF : rows.line(0) >> 4;
     return low | rows.fifth_bits(1 + segment);
   }
@@ -44,6 +44,13 @@ struct Q5_1 {
   static void packed_scales(const Rows& rows, float (*scales)[16], float (*shifts)[16]) {
     rows.halves(3, scales[0]);
     rows.halves(4, shifts[0]);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int /*part*/, float* scales,
+                                               float* shifts) {
+    scales[0] = row.template half<3>();
+    shifts[0] = row.template half<4>();
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

@@ -75,7 +75,7 @@ struct Q5_K {
                                       {4, 4},    {8, 4},    {12, 4},   {0, 2},   {2, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto line = rows.line(segment / 4 * 2 + segment % 2);
     const auto top = rows.line(8 + segment % 2) >> segment / 2 & 1;
     return (segment / 2 % 2 == 0 ? line & 0xF : line >> 4) | top << 4;
@@ -87,6 +87,13 @@ struct Q5_K {
     rows.halves(13, d);
     rows.halves(14, dmin);
     packed_6bit_pairs(rows.words(10), rows.words(11), rows.words(12), d, dmin, scales, shifts);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
+                                               float* shifts) {
+    part_6bit_pairs(row.template word<10>(), row.template word<11>(), row.template word<12>(),
+                    row.template half<13>(), row.template half<14>(), part, scales, shifts);
   }
 
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {

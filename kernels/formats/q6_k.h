@@ -48,7 +48,7 @@ struct Q6_K {
       {144, 16}, {160, 16}, {176, 16}, {192, 4}, {196, 4}, {200, 4}, {204, 4}, {208, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto line = rows.line(segment / 8 * 4 + segment % 4);
     const auto low = segment / 4 % 2 == 0 ? line & 0xF : line >> 4;
     const auto top = rows.line(8 + segment / 8 * 2 + segment % 2) >> segment / 2 % 4 * 2 & 3;
@@ -66,6 +66,18 @@ struct Q6_K {
         const int32_t scale = static_cast<int32_t>(word[r] << (24 - g % 4 * 8)) >> 24;
         scales[g][r] = d[r] * static_cast<float>(scale);
       }
+    }
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
+                                               float* /*shifts*/) {
+    const float d = row.template half<16>();
+    const uint32_t low = part < 2 ? row.template word<12>() : row.template word<14>();
+    const uint32_t high = part < 2 ? row.template word<13>() : row.template word<15>();
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t byte = (i < 2 ? low : high) >> (part % 2 * 8 + i % 2 * 16);
+      scales[i] = d * static_cast<float>(static_cast<int32_t>(byte << 24) >> 24);
     }
   }
 

@@ -34,13 +34,19 @@ struct Q8_0 {
   static constexpr Chunk kChunks[] = {{2, 16}, {18, 16}, {0, 2}};
 
   template <class Rows>
-  static auto packed_codes(const Rows& rows, int segment) {
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     return rows.line(segment) ^ 0x80;
   }
 
   template <class Rows>
   static void packed_scales(const Rows& rows, float (*scales)[16], float (* /*shifts*/)[16]) {
     rows.halves(2, scales[0]);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int /*part*/, float* scales,
+                                               float* /*shifts*/) {
+    scales[0] = row.template half<2>();
   }
 
   static void quantize_row(const float* x, const float* /*importance*/, Block* blocks, int64_t n) {

@@ -17,6 +17,11 @@
 //                            vectors, halves(i, out), floats(i, out) and words(i) are 16 rows' 2-
 //                            or 4-byte ones, fifth_bits(i) has 16 where a bit of a 2-byte one is
 //                            set
+//   part_scales(row, part, scales, shifts)
+//                            of one row, what a GPU's thread decodes at a time: of a block of 256,
+//                            part 0 to 3 is segments 8 (part / 2) + part % 2 + {0, 2, 4, 6}, with a
+//                            scale and shift each; a block of 32 is one part with one of each.
+//                            `row` reads chunks by their number: half<i>() and word<i>()
 //   quantize_row(x, importance, blocks, n)
 //                            n floats to n / kBlockElems blocks; importance is null or n weights
 //

@@ -37,6 +37,21 @@ inline void packed_6bit_pairs(const Words& low, const Words& mid, const Words& h
   }
 }
 
+// The same for the groups of one part (registry.h) of one row: 0 to 3 or 4 to 7.
+TORCH_Q4_HOST_DEVICE inline void part_6bit_pairs(uint32_t low, uint32_t mid, uint32_t high, float d,
+                                                 float dmin, int part, float* scales,
+                                                 float* shifts) {
+  const bool first = part < 2;
+  const uint32_t scale =
+      first ? low & 0x3F3F3F3Fu : (high & 0x0F0F0F0Fu) | (low >> 2 & 0x30303030u);
+  const uint32_t minimum =
+      first ? mid & 0x3F3F3F3Fu : (high >> 4 & 0x0F0F0F0Fu) | (mid >> 2 & 0x30303030u);
+  for (int i = 0; i < 4; ++i) {
+    scales[i] = d * static_cast<float>(scale >> 8 * i & 0xFF);
+    shifts[i] = -(dmin * static_cast<float>(minimum >> 8 * i & 0xFF));
+  }
+}
+
 inline void pack_6bit_pairs(const uint8_t* scales, const uint8_t* mins, uint8_t* packed) {
   for (int i = 0; i < 4; ++i) {
     packed[i] = scales[i] | (scales[i + 4] >> 4 << 6);

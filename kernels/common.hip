@@ -1,0 +1,17 @@
+// The kernels into which no format enters.
+#include "quantize.h"
+
+using namespace torch_q4;
+
+extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads)
+    quantize_activations(gpu::ActivationArgs a) {
+  torch_q4::quantize_activations(a);
+}
+
+extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu::SumArgs a) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * gpu::kBlockThreads + threadIdx.x;
+  if (index >= a.count) return;
+  float sum = 0;
+  for (int split = 0; split < a.splits; ++split) sum += a.partial[split * a.count + index];
+  store_value(a.out, index, sum, a.dtype);
+}
