@@ -10,7 +10,11 @@ export MAX_JOBS
 # Builds must use the torch that is installed, not one that pip downloads for the build alone.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'kernels/*.h' 'tests/*.cpp')
+# git's patterns reach into folders. Files that are not added yet are checked, too.
+CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' \
+  'kernels/*.h' 'kernels/*.hip' 'benchmarks/*.hip' 'tests/*.c' 'tests/*.cpp')
+TORCH_FREE = kernels csrc/error.h csrc/cpu/kernels* csrc/cpu/simd.h csrc/gpu/dispatch.h \
+  csrc/gpu/driver.* csrc/gpu/runtime.*
 
 .PHONY: help
 help: ## list the targets
@@ -41,6 +45,26 @@ test: build ## run the whole test suite
 	@echo "==> test: pytest"
 	$(BIN)/python -m pytest
 
+# On a machine with a GPU that torch can use; several processes share it.
+.PHONY: test-gpu
+test-gpu: build ## run the tests on the GPU
+	@echo "==> test-gpu: pytest -m gpu"
+	$(BIN)/python -m pytest -m gpu --numprocesses 8 tests/gpu
+
+# The kernels alone, without torch: TORCH_Q4_DRIVER names libamdhip64.so or libcuda.so.1.
+.PHONY: test-device
+test-device: $(VENV)/ready ## run the GPU kernels without torch, through the driver
+	@echo "==> test-device: tests/device/run.py"
+	$(BIN)/python tests/device/run.py
+
+# HIP's compiler gets a small Debian of its own, of 1 GB; Debian 12 has none that is new enough.
+HIP_ROOT ?= build/hip-root
+.PHONY: rocm-check
+rocm-check: ## compile the kernels for every AMD GPU and check the code; needs root, no GPU
+	@echo "==> rocm-check: ci/rocm_check.py"
+	ci/hip_root.sh $(HIP_ROOT)
+	$(PYTHON) ci/rocm_check.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS)
+
 # The kernels alone, without torch, under AddressSanitizer and UBSan.
 .PHONY: sanitize
 sanitize: $(VENV)/ready ## run the kernels' C++ tests under the sanitizers
@@ -56,8 +80,8 @@ lint: $(VENV)/ready ## check formatting, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
-	@! grep -rnE '#include *[<"](torch|ATen|c10)/' kernels csrc/cpu/kernels* csrc/cpu/simd.h \
-	  || { echo 'lint: no torch header belongs under kernels/ or into the CPU kernels'; exit 1; }
+	@! grep -rnE '#include *[<"](torch|ATen|c10)/' $(TORCH_FREE) \
+	  || { echo 'lint: no torch header belongs into $(TORCH_FREE)'; exit 1; }
 
 .PHONY: format
 format: $(VENV)/ready ## rewrite the sources in the project's style
@@ -68,6 +92,10 @@ format: $(VENV)/ready ## rewrite the sources in the project's style
 .PHONY: bench
 bench: build ## time linear against F.linear, and ggml where llama-cpp-python is installed
 	$(BIN)/python benchmarks/bench_cpu.py --short
+
+.PHONY: bench-gpu
+bench-gpu: build ## time linear on the GPU against F.linear and against reading the weight
+	$(BIN)/python benchmarks/bench_gpu.py --short
 
 .PHONY: wheel
 wheel: $(VENV)/ready ## build dist/*.whl, one wheel for every torch and Python

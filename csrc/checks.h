@@ -8,29 +8,15 @@
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 
 #include "../kernels/formats/registry.h"
+#include "error.h"
 
 namespace torch_q4 {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <class... Parts>
-[[noreturn]] inline void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// Unlike torch's own macro this adds no file and line: users read these messages.
-#define TORCH_Q4_CHECK(condition, ...)               \
-  do {                                               \
-    if (!(condition)) ::torch_q4::fail(__VA_ARGS__); \
-  } while (0)
 
 struct FormatInfo {
   int index;  // position in TORCH_Q4_FORMATS

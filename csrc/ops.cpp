@@ -1,5 +1,6 @@
 // Every operator's schema, and nothing else. Kernels register themselves in the file that holds
-// them: csrc/cpu/OP.cpp under the CPU key. Fakes, autograd and autocast: torch_q4/ops.py.
+// them: csrc/cpu/OP.cpp under the CPU key, csrc/gpu/OP.cpp under CUDA, which is ROCm's key as well.
+// Fakes, autograd and autocast: torch_q4/ops.py.
 //
 // `format` is ggml's type number (torch_q4.formats), so that no call compares format names.
 // `packed` says that blocks are in the layout of kernels/packed.h, not in GGML's own order.
@@ -18,6 +19,12 @@ STABLE_TORCH_LIBRARY(torch_q4, m) {
   m.def(
       "embedding(Tensor indices, Tensor blocks, int format, ScalarType dtype, bool packed=False) "
       "-> Tensor");
+  // By a named kernel, on a GPU: what tests compare with each other.
+  m.def(
+      "_linear_with(Tensor x, Tensor blocks, int format, Tensor? bias, str compute, bool packed, "
+      "str kernel) -> Tensor");
   m.def("format_table() -> str");
   m.def("cpu_isa() -> str");
+  m.def("gpu_table() -> str");
+  m.def("gpu_problem(int device) -> str");
 }

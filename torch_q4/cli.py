@@ -518,7 +518,8 @@ _PACKAGES = {
     "transformers": ("running GGUF files as models", "pip install 'torch_q4[transformers]'"),
     "gguf": ("tokenizers of GGUF files", "pip install 'torch_q4[transformers]'"),
 }
-_CODE_OBJECTS = ("*.hsaco", "*.co", "*.fatbin", "*.hipfb", "*.cubin")
+_CODE_OBJECTS = {"hip": "*.hipfb", "cuda": "*.fatbin"}
+_VENDORS = {"hip": "AMD", "cuda": "NVIDIA"}
 
 
 def _cpu() -> dict[str, Any]:
@@ -556,20 +557,42 @@ def _devices() -> list[dict[str, Any]]:
                 "name": properties.name,
                 "architecture": architecture,
                 "memory": properties.total_memory,
+                # Loads a kernel there, so this is what an operator would meet with.
+                "problem": torch.ops.torch_q4.gpu_problem(index).removeprefix("gpu_problem: "),
             }
         )
     return devices
 
 
+def _gpu_kernels() -> dict[str, Any]:
+    """The GPU kernels of this installation, and the driver's library if one is in use."""
+    table = dict(line.partition(" ")[::2] for line in torch.ops.torch_q4.gpu_table().splitlines())
+    folder = Path(_LIBRARY).parent / "kernels"
+    return {
+        "driver": table.get("driver"),
+        "architectures": {backend: table[backend].split() for backend in _CODE_OBJECTS},
+        "files": {
+            backend: sorted(path.name for path in folder.glob(pattern))
+            for backend, pattern in _CODE_OBJECTS.items()
+        },
+    }
+
+
+def _gpu_kernels_text(kernels: dict[str, Any]) -> str:
+    texts = [
+        f"{_VENDORS[backend]}: {len(kernels['files'][backend])} for {', '.join(architectures)}"
+        for backend, architectures in kernels["architectures"].items()
+        if architectures
+    ]
+    return "; ".join(texts) or "none in this build: GPU kernels are not there"
+
+
 def _doctor(options: argparse.Namespace) -> int:
-    folder = Path(_LIBRARY).parent
-    objects = sorted(
-        str(path.relative_to(folder)) for pattern in _CODE_OBJECTS for path in folder.rglob(pattern)
-    )
     backend = "ROCm " + torch.version.hip if torch.version.hip else (
         "CUDA " + torch.version.cuda if torch.version.cuda else "CPU only"
     )  # fmt: skip
     devices = _devices()
+    kernels = _gpu_kernels()
     packages = {name: _version(name) for name in _PACKAGES}
     problems = [
         {"problem": f"{name} is not installed, needed for {what}", "fix": fix}
@@ -577,14 +600,12 @@ def _doctor(options: argparse.Namespace) -> int:
         if not packages[name]
     ]
     for device in devices:
-        architecture = device["architecture"]
-        device["code_object"] = next((name for name in objects if architecture in name), None)
-        if device["code_object"] is None:
+        if device["problem"]:
             problems.append(
                 {
-                    "problem": f"there must be a code object for {device['name']} "
-                    f"({architecture}), got {', '.join(objects) or 'none at all'}; the CPU works",
-                    "fix": "move the model to the CPU: model.to('cpu')",
+                    "problem": f"{device['name']} cannot run torch_q4: {device['problem']}",
+                    "fix": "build the kernels for it as said there; until then the CPU works: "
+                    "model.to('cpu')",
                 }
             )
     if platform.machine() in ("x86_64", "AMD64") and cpu_isa() == "generic":
@@ -605,7 +626,7 @@ def _doctor(options: argparse.Namespace) -> int:
         "formats": [fmt.name for fmt in formats.all()],
         "cpu": cpu,
         "devices": devices,
-        "code_objects": objects,
+        "gpu_kernels": kernels,
         "packages": packages,
         "problems": problems,
     }
@@ -620,12 +641,13 @@ def _doctor(options: argparse.Namespace) -> int:
         "cpu": f"{cpu['name']}, {cpu['threads']} threads",
         "cpu features": ", ".join(cpu["features"]) or "none that the kernels use",
         "cpu kernels": cpu["kernels"],
-        "code objects": ", ".join(objects) or "none in this build: GPU kernels are not there",
+        "code objects": _gpu_kernels_text(kernels),
+        "gpu driver": kernels["driver"] or "none in use",
     }
-    for device in devices:
-        lines[f"device {devices.index(device)}"] = (
-            f"{device['name']}, {device['architecture']}, {_size(device['memory'])}, code object "
-            f"{device['code_object'] or 'none'}"
+    for index, device in enumerate(devices):
+        lines[f"device {index}"] = (
+            f"{device['name']}, {device['architecture']}, {_size(device['memory'])}, "
+            f"{'kernels do not run, see below' if device['problem'] else 'kernels run'}"
         )
     lines |= {name: version or "not installed" for name, version in packages.items()}
     width = max(map(len, lines))

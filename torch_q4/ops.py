@@ -3,8 +3,8 @@
 The functions here take formats by name and raise ``ValueError`` or ``TypeError`` for bad arguments.
 ``torch.ops.torch_q4.*`` are the registered operators underneath: they take ggml's type number,
 raise ``RuntimeError`` with the same words, and are what ``torch.compile`` and ``torch.export`` see.
-Schemas and CPU kernels are in C++ (``csrc/``); this module adds their shape functions ("fakes"),
-gradients, autocast and vmap rules.
+Schemas and kernels are in C++ (``csrc/``), for CPU and GPU; this module adds their shape functions
+("fakes"), gradients, autocast and vmap rules.
 """
 
 from __future__ import annotations
@@ -181,6 +181,9 @@ def quantize(w: Tensor, fmt: FormatLike, importance: Tensor | None = None) -> Te
     grid of candidates. Without importance ggml's plain quantiser is followed. ``q8_0`` has
     nothing to weigh and ignores it.
 
+    On a GPU, ``q4_0`` and ``q8_0`` without importance are quantised there. Everything else goes
+    through the CPU and back, which waits for the device.
+
     Args:
         w: weights, float32, float16 or bfloat16, ``(..., K)``; K a whole number of blocks.
         fmt: the format, by name or ggml type.
@@ -285,6 +288,9 @@ def embedding(
 ) -> Tensor:
     """Decodes the rows that ``indices`` names: ``dequantize(blocks[indices])``.
 
+    On a GPU nobody looks at the indices before the kernel runs. One out of range stops the device's
+    work with an error that a later call reports, as torch's own embedding does.
+
     Args:
         indices: int64 or int32, any shape.
         blocks: uint8 ``(rows, bytes)``.
@@ -297,7 +303,7 @@ def embedding(
     Raises:
         ValueError: unknown format or blocks of a wrong shape.
         TypeError: a dtype that is not supported.
-        RuntimeError: an index outside ``[0, rows)``.
+        RuntimeError: an index outside ``[0, rows)``; on a GPU, see above.
     """
     found = _format("embedding", fmt)
     _check_embedding(indices, blocks, found, dtype)

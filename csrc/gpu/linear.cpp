@@ -1,0 +1,298 @@
+#include <array>
+
+#include "common.h"
+#include "dispatch.h"
+
+namespace torch_q4::gpu {
+namespace {
+
+using torch::stable::copy_;
+using torch::stable::narrow;
+using torch::stable::view;
+
+// Blocks along a grid's second side, at most 65535. A multiple of 8, so that where there are more
+// rows of x than fit in one launch, the next one's part of `out` starts at a multiple of 16 bytes.
+constexpr int64_t kMostGridY = 65528;
+
+// Hands `rows` rows of x at a time to `run`.
+template <class Run>
+void by_rows(const LinearArgs& args, int64_t rows, int64_t x_bytes, const Run& run) {
+  for (int64_t done = 0; done < args.m; done += rows) {
+    LinearArgs part = args;
+    part.m = std::min(rows, args.m - done);
+    part.x = at(args.x, done * args.k, x_bytes);
+    part.out = at(args.out, done * args.n, dtype_bytes(args.dtype));
+    if (args.scales) part.scales = args.scales + done * (args.k / 32);
+    if (args.sums) part.sums = args.sums + done * (args.k / 16);
+    run(part);
+  }
+}
+
+void element(const Call& call, const LinearArgs& args) {
+  // HIP counts a grid's threads in 32 bits.
+  const int64_t rows = std::max<int64_t>(8, (int64_t{1} << 31) / args.n / 8 * 8);
+  by_rows(args, rows, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    call.run(element_kernel(args.dtype), element_grid(part), part);
+  });
+}
+
+void matvec(const Call& call, const LinearArgs& args, bool int8) {
+  int width = 0;
+  while (width < kMatvecWidths - 1 && kMatvecColumns[width] < args.m) ++width;
+  const int columns = kMatvecColumns[width];
+  const Kernel kernel = int8 ? matvec_int8_kernel(width) : matvec_kernel(args.dtype, width);
+  const int64_t x_bytes = int8 ? 1 : dtype_bytes(args.dtype);
+  by_rows(args, kMostGridY * columns, x_bytes,
+          [&](const LinearArgs& part) { call.run(kernel, rows_grid(part, columns), part); });
+}
+
+void matmul(const Call& call, LinearArgs args, int width) {
+  const int columns = kMatmulColumns[width];
+  const int64_t whole = args.n / kGroupRows * kGroupRows;
+  args.row_end = whole;
+  by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    call.run(matmul_kernel(args.dtype, width), rows_grid(part, columns), part);
+  });
+  args.row_begin = whole;  // rows that are not packed
+  args.row_end = args.n;
+  if (whole < args.n) matvec(call, args, /*int8=*/false);
+}
+
+void matvec_of_int8(const Call& call, LinearArgs args) {
+  const int64_t count = args.m * args.k;
+  const auto rounded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t scales_at = rounded(count), sums_at = scales_at + rounded(count / 32 * 4);
+  const Tensor workspace = call.empty({sums_at + count / 16 * 4}, ScalarType::Byte);
+  auto* start = static_cast<char*>(workspace.mutable_data_ptr());
+  ActivationArgs activations;
+  activations.x = args.x;
+  activations.codes = reinterpret_cast<int8_t*>(start);
+  activations.scales = reinterpret_cast<float*>(start + scales_at);
+  activations.sums = reinterpret_cast<int32_t*>(start + sums_at);
+  activations.count = count;
+  activations.dtype = args.dtype;
+  call.run_common(kQuantizeActivations, activation_grid(activations), activations);
+  args.x = activations.codes;
+  args.scales = activations.scales;
+  args.sums = activations.sums;
+  matvec(call, args, /*int8=*/true);
+}
+
+// torch's own x @ w.T + bias.
+Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor linear_by_blas(const Call& call, const Tensor& x, const Tensor& blocks,
+                      const std::optional<Tensor>& bias, bool packed, std::vector<int64_t> shape) {
+  const ScalarType dtype = x.scalar_type();
+  const int64_t n = blocks.size(0), k = columns_of(blocks, call.format);
+  const int64_t rows = panel_rows(n, k, dtype_of(dtype));
+  Tensor panel = call.empty({rows, k}, dtype);
+  if (rows == n) {
+    dequantize_panel(call, blocks, packed, 0, n, dtype, panel);
+    return dense_linear(x, panel, bias);
+  }
+  Tensor out = call.empty(shape, dtype);
+  const int64_t m = leading(shape);
+  const Tensor x_rows = view(x, {m, k});
+  Tensor out_rows = view(out, {m, n});
+  for (int64_t begin = 0; begin < n; begin += rows) {
+    const int64_t count = std::min(rows, n - begin);
+    dequantize_panel(call, blocks, packed, begin, begin + count, dtype, panel);
+    std::optional<Tensor> part_bias;
+    if (bias) {
+      Tensor whole_bias = *bias;
+      part_bias = narrow(whole_bias, 0, begin, count);
+    }
+    Tensor part = narrow(out_rows, 1, begin, count);
+    copy_(part, dense_linear(x_rows, narrow(panel, 0, 0, count), part_bias));
+  }
+  return out;
+}
+
+// `given` decides in place of the table.
+Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const FormatInfo& format,
+                  const std::optional<Tensor>& bias, bool int8, bool packed,
+                  const LinearKernel* given) {
+  const Call call(op, format, x);
+  const ScalarType dtype = x.scalar_type();
+  std::vector<int64_t> shape = shape_of(x);
+  LinearArgs args = {};
+  args.m = leading(shape);
+  args.n = blocks.size(0);
+  args.k = shape.back();
+  args.row_begin = 0;
+  args.row_end = args.n;
+  args.packed = packed;
+  args.dtype = dtype_of(dtype);
+  shape.back() = args.n;
+  if (args.m == 0 || args.n == 0) return call.empty(shape, dtype);
+  if (args.k == 0) {
+    Tensor out = call.empty(shape, dtype);
+    if (bias) return copy_(out, *bias);
+    return torch::stable::zero_(out);
+  }
+
+  const LinearKernel kernel =
+      given ? *given
+            : choose_linear({args.dtype, int8, packed, args.m, args.n, args.k, call.info().family});
+  const Tensor source = aligned(x), weight = aligned(blocks);
+  if (kernel == LinearKernel::kBlas) {
+    return linear_by_blas(call, source, weight, bias, packed, std::move(shape));
+  }
+  std::optional<Tensor> bias_values;
+  if (bias) bias_values = as_contiguous(*bias);
+  Tensor out = call.empty(shape, dtype);
+  args.x = source.const_data_ptr();
+  args.blocks = static_cast<const uint8_t*>(weight.const_data_ptr());
+  args.bias = bias_values ? bias_values->const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  switch (kernel) {
+    case LinearKernel::kElement:
+      element(call, args);
+      break;
+    case LinearKernel::kMatmul16:
+    case LinearKernel::kMatmul64:
+      matmul(call, args, kernel == LinearKernel::kMatmul16 ? 0 : 1);
+      break;
+    case LinearKernel::kMatvecInt8:
+      matvec_of_int8(call, args);
+      break;
+    default:
+      matvec(call, args, /*int8=*/false);
+  }
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::optional<Tensor> bias,
+              std::string compute, bool packed) {
+  const FormatInfo format = check_linear(x, blocks, format_id, bias, compute);
+  return run_linear("linear", x, blocks, format, bias, compute == "int8", packed, nullptr);
+}
+
+constexpr struct {
+  const char* name;
+  LinearKernel kernel;
+} kLinearKernelNames[] = {{"element", LinearKernel::kElement},
+                          {"matvec", LinearKernel::kMatvec},
+                          {"matmul_16", LinearKernel::kMatmul16},
+                          {"matmul_64", LinearKernel::kMatmul64},
+                          {"blas", LinearKernel::kBlas}};
+
+// `linear` by a kernel of the caller's choice, for tests and experiments.
+Tensor linear_with(const Tensor& x, const Tensor& blocks, int64_t format_id,
+                   std::optional<Tensor> bias, std::string compute, bool packed,
+                   std::string kernel) {
+  const char* op = "_linear_with";
+  const FormatInfo format = check_linear(x, blocks, format_id, bias, compute);
+  const bool int8 = compute == "int8";
+  std::string known;
+  for (const auto& [name, which] : kLinearKernelNames) {
+    known += (known.empty() ? "" : ", ") + std::string(name);
+    if (kernel != name) continue;
+    const bool matmul = which == LinearKernel::kMatmul16 || which == LinearKernel::kMatmul64;
+    TORCH_Q4_CHECK(!int8 || which == LinearKernel::kMatvec, op,
+                   ": kernel must be matvec for compute int8, got ", kernel);
+    TORCH_Q4_CHECK(!matmul || packed, op, ": blocks must be packed for ", kernel,
+                   ", got canonical ones");
+    TORCH_Q4_CHECK(!matmul || x.scalar_type() != ScalarType::Float, op,
+                   ": x must be float16 or bfloat16 for ", kernel, ", got ",
+                   dtype_name(x.scalar_type()));
+    const LinearKernel given = int8 ? LinearKernel::kMatvecInt8 : which;
+    return run_linear(op, x, blocks, format, bias, int8, packed, &given);
+  }
+  fail(op, ": kernel must be one of ", known, ", got ", kernel);
+}
+
+// out = a @ b. This form of torch's product, unlike the others, does not heed autocast, which would
+// round a float32 gradient to 16 bits.
+void dense_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes over what the call returned
+}
+
+void sum_splits(const Call& call, const Tensor& partial, const Tensor& out, int64_t splits) {
+  SumArgs args;
+  args.partial = static_cast<const float*>(partial.const_data_ptr());
+  args.out = out.mutable_data_ptr();
+  args.count = partial.numel() / splits;
+  args.splits = static_cast<int32_t>(splits);
+  args.dtype = dtype_of(out.scalar_type());
+  call.run_common(kSumSplits, sum_grid(args), args);
+}
+
+// grad (m, n) times the dequantised weight. Several panels' products are added up in float32.
+void transposed_by_blas(const Call& call, const Tensor& grad, const Tensor& blocks, bool packed,
+                        const Tensor& out) {
+  const ScalarType dtype = grad.scalar_type();
+  const int64_t m = grad.size(0), n = blocks.size(0), k = columns_of(blocks, call.format);
+  const int64_t rows = panel_rows(n, k, dtype_of(dtype));
+  Tensor panel = call.empty({rows, k}, dtype);
+  if (rows == n) {
+    dequantize_panel(call, blocks, packed, 0, n, dtype, panel);
+    return dense_matmul(grad, panel, out);
+  }
+  // The sum so far, and the next panel's product.
+  Tensor partial = call.empty({2, m, k}, ScalarType::Float);
+  Tensor sum = torch::stable::select(partial, 0, 0), next = torch::stable::select(partial, 0, 1);
+  Tensor product = call.empty({m, k}, dtype), all_grad = grad;
+  for (int64_t begin = 0; begin < n; begin += rows) {
+    const int64_t count = std::min(rows, n - begin);
+    dequantize_panel(call, blocks, packed, begin, begin + count, dtype, panel);
+    dense_matmul(narrow(all_grad, 1, begin, count), narrow(panel, 0, 0, count), product);
+    copy_(begin == 0 ? sum : next, product);
+    if (begin > 0) sum_splits(call, partial, begin + count < n ? sum : out, 2);
+  }
+}
+
+void transposed_by_kernel(const Call& call, const Tensor& grad, const Tensor& blocks, bool packed,
+                          const Tensor& out) {
+  TransposedArgs args;
+  args.grad = grad.const_data_ptr();
+  args.blocks = static_cast<const uint8_t*>(blocks.const_data_ptr());
+  args.m = grad.size(0);
+  args.n = blocks.size(0);
+  args.k = columns_of(blocks, call.format);
+  args.splits = transposed_splits(args.m, args.n, args.k, call.info().multiprocessors);
+  args.packed = packed;
+  args.dtype = dtype_of(grad.scalar_type());
+  const Tensor partial = call.empty({args.splits, args.m, args.k}, ScalarType::Float);
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  call.run(transposed_kernel(args.dtype), transposed_grid(args), args);
+  sum_splits(call, partial, out, args.splits);
+}
+
+Tensor linear_transposed(const Tensor& grad, const Tensor& blocks, int64_t format_id, bool packed) {
+  const FormatInfo format = check_linear_transposed(grad, blocks, format_id);
+  const Call call("linear_transposed", format, grad);
+  std::vector<int64_t> shape = shape_of(grad);
+  const int64_t m = leading(shape), n = shape.back(), k = columns_of(blocks, format);
+  shape.back() = k;
+  Tensor out = call.empty(shape, grad.scalar_type());
+  if (out.numel() == 0) return out;
+  if (n == 0) return torch::stable::zero_(out);
+
+  const Tensor rows = view(aligned(grad), {m, n}), weight = aligned(blocks);
+  const Tensor out_rows = view(out, {m, k});
+  const auto run = m <= kTransposedMaxRows ? transposed_by_kernel : transposed_by_blas;
+  run(call, rows, weight, packed, out_rows);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(torch_q4, CUDA, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("_linear_with", TORCH_BOX(&linear_with));
+  m.impl("linear_transposed", TORCH_BOX(&linear_transposed));
+}
+
+}  // namespace torch_q4::gpu

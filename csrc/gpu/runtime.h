@@ -1,0 +1,104 @@
+// Loads the GPU kernels that lie beside this library, at first use, and launches them. Knows no
+// torch: csrc/gpu/common.h brings the device, the stream and the tensors.
+//
+// A kernel is addressed by two numbers, its code object and its place in one; what was looked up
+// once is found again with one load from an array. Every launch would pay for a lock or a hashed
+// name: a prototype that had both took 22 microseconds a call.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../../kernels/arguments.h"
+#include "../../kernels/formats/registry.h"
+
+namespace torch_q4::gpu {
+
+// The files of kernels, one per format in the order of TORCH_Q4_FORMATS and one that belongs to no
+// format.
+enum CodeObject : int {
+#define TORCH_Q4_CODE_OBJECT(Format) k##Format##Object,
+  TORCH_Q4_FORMATS(TORCH_Q4_CODE_OBJECT)
+#undef TORCH_Q4_CODE_OBJECT
+      kCommonObject,
+  kCodeObjectCount
+};
+
+constexpr int kDTypes = 3;
+constexpr int kMatvecWidths = sizeof(kMatvecColumns) / sizeof(int);
+constexpr int kMatmulWidths = sizeof(kMatmulColumns) / sizeof(int);
+
+// The entry points of kernels/arguments.h. Families are addressed by the functions below.
+enum Kernel : int {
+  kDequantize,
+  kEmbedding,
+  kPack,
+  kUnpack,
+  kQuantize,
+  kElement,
+  kTransposed = kElement + kDTypes,
+  kMatvec = kTransposed + kDTypes,
+  kMatvecInt8 = kMatvec + kDTypes * kMatvecWidths,
+  kMatmul = kMatvecInt8 + kMatvecWidths,
+  kQuantizeActivations = kMatmul + (kDTypes - 1) * kMatmulWidths,
+  kSumSplits,
+  kKernelCount
+};
+
+constexpr Kernel element_kernel(DType dtype) { return Kernel(kElement + dtype); }
+constexpr Kernel transposed_kernel(DType dtype) { return Kernel(kTransposed + dtype); }
+// `width` is a position in kMatvecColumns or kMatmulColumns.
+constexpr Kernel matvec_kernel(DType dtype, int width) {
+  return Kernel(kMatvec + dtype * kMatvecWidths + width);
+}
+constexpr Kernel matvec_int8_kernel(int width) { return Kernel(kMatvecInt8 + width); }
+constexpr Kernel matmul_kernel(DType dtype, int width) {
+  return Kernel(kMatmul + (dtype - 1) * kMatmulWidths + width);
+}
+
+// The entry point's name: "matvec_f16_4".
+std::string kernel_name(Kernel kernel);
+
+constexpr int kMaxDevices = 64;
+
+// What the choice of a kernel depends on.
+enum class Family {
+  kNvidia,
+  kAmdMatrix,    // matrix cores: MFMA of CDNA, WMMA of RDNA 3 and later
+  kAmdNoMatrix,  // gfx906, RDNA 1 and 2
+};
+
+struct DeviceInfo {
+  std::string architecture;  // "gfx90a", "sm_90"
+  Family family;
+  int multiprocessors;
+};
+
+// Looked up once per device.
+const DeviceInfo& device_info(const char* op, int device);
+
+// Loads what is not loaded yet; `device` must be the current one.
+void* find_kernel(const char* op, CodeObject object, Kernel kernel, int device);
+
+void launch_raw(const char* op, CodeObject object, Kernel kernel, int device, void* stream,
+                Grid grid, const void* args);
+
+// One launch on `device`, which must be current. An empty grid is no launch.
+template <class Args>
+void launch(const char* op, CodeObject object, Kernel kernel, int device, void* stream, Grid grid,
+            const Args& args) {
+  if (grid.x == 0 || grid.y == 0) return;
+  launch_raw(op, object, kernel, device, stream, grid, &args);
+}
+
+// The architectures that the build compiled for, blank-separated, "" for none.
+const char* built_for_hip();
+const char* built_for_cuda();
+
+// The path of the driver's library; throws where there is none.
+const std::string& driver_path(const char* op);
+
+// Whether code for the blank-separated architectures `built` runs on `architecture`.
+bool serves(const std::string& built, const std::string& architecture);
+
+}  // namespace torch_q4::gpu

@@ -1,0 +1,180 @@
+"""``kernels/arguments.h`` in ctypes: what each kernel is given, and over which grid it runs.
+
+Nothing keeps the two from drifting apart but ``test_arguments.py``, which asks a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+BLOCK_THREADS = 256
+GROUP_ROWS = 16
+MATVEC_COLUMNS = (1, 2, 4, 8)
+MATMUL_COLUMNS = (16, 64)
+TRANSPOSED_ROWS = 4
+PANEL_COLUMNS = 512
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+
+Grid = tuple[int, int]
+
+_Pointer = ctypes.c_void_p
+_Size = ctypes.c_int64
+_Int = ctypes.c_int32
+
+
+class LinearArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", _Pointer),
+        ("scales", _Pointer),
+        ("sums", _Pointer),
+        ("blocks", _Pointer),
+        ("bias", _Pointer),
+        ("out", _Pointer),
+        ("m", _Size),
+        ("n", _Size),
+        ("k", _Size),
+        ("row_begin", _Size),
+        ("row_end", _Size),
+        ("packed", _Int),
+        ("dtype", _Int),
+    ]
+
+
+class DequantizeArgs(ctypes.Structure):
+    _fields_ = [
+        ("blocks", _Pointer),
+        ("out", _Pointer),
+        ("n", _Size),
+        ("k", _Size),
+        ("row_begin", _Size),
+        ("row_end", _Size),
+        ("packed", _Int),
+        ("dtype", _Int),
+    ]
+
+
+class EmbeddingArgs(ctypes.Structure):
+    _fields_ = [
+        ("indices", _Pointer),
+        ("blocks", _Pointer),
+        ("out", _Pointer),
+        ("count", _Size),
+        ("n", _Size),
+        ("k", _Size),
+        ("wide", _Int),
+        ("packed", _Int),
+        ("dtype", _Int),
+    ]
+
+
+class TransposedArgs(ctypes.Structure):
+    _fields_ = [
+        ("grad", _Pointer),
+        ("blocks", _Pointer),
+        ("partial", _Pointer),
+        ("m", _Size),
+        ("n", _Size),
+        ("k", _Size),
+        ("splits", _Int),
+        ("packed", _Int),
+        ("dtype", _Int),
+    ]
+
+
+class SumArgs(ctypes.Structure):
+    _fields_ = [
+        ("partial", _Pointer),
+        ("out", _Pointer),
+        ("count", _Size),
+        ("splits", _Int),
+        ("dtype", _Int),
+    ]
+
+
+class RepackArgs(ctypes.Structure):
+    _fields_ = [
+        ("from", _Pointer),
+        ("to", _Pointer),
+        ("groups", _Size),
+        ("k", _Size),
+    ]
+
+
+class QuantizeArgs(ctypes.Structure):
+    _fields_ = [
+        ("w", _Pointer),
+        ("blocks", _Pointer),
+        ("count", _Size),
+        ("dtype", _Int),
+    ]
+
+
+class ActivationArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", _Pointer),
+        ("codes", _Pointer),
+        ("scales", _Pointer),
+        ("sums", _Pointer),
+        ("count", _Size),
+        ("dtype", _Int),
+    ]
+
+
+STRUCTS: tuple[type[ctypes.Structure], ...] = (
+    LinearArgs,
+    DequantizeArgs,
+    EmbeddingArgs,
+    TransposedArgs,
+    SumArgs,
+    RepackArgs,
+    QuantizeArgs,
+    ActivationArgs,
+)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def part_elems(block_elems: int) -> int:
+    return 64 if block_elems == 256 else 32
+
+
+def dequantize_grid(a: DequantizeArgs, block_elems: int) -> Grid:
+    rows = a.row_end - a.row_begin
+    groups = rows // GROUP_ROWS if a.packed else 0
+    others = (rows - groups * GROUP_ROWS) * (a.k // part_elems(block_elems))
+    return groups * ceil_div(a.k, PANEL_COLUMNS) + ceil_div(others, BLOCK_THREADS), 1
+
+
+def embedding_grid(a: EmbeddingArgs, block_elems: int) -> Grid:
+    return ceil_div(a.count * (a.k // part_elems(block_elems)), BLOCK_THREADS), 1
+
+
+def element_grid(a: LinearArgs) -> Grid:
+    return ceil_div(a.m * (a.row_end - a.row_begin), BLOCK_THREADS), 1
+
+
+def rows_grid(a: LinearArgs, columns: int) -> Grid:
+    return ceil_div(a.row_end - a.row_begin, GROUP_ROWS), ceil_div(a.m, columns)
+
+
+def transposed_grid(a: TransposedArgs) -> Grid:
+    return ceil_div(a.k, 256) * a.splits, ceil_div(a.m, TRANSPOSED_ROWS)
+
+
+def sum_grid(a: SumArgs) -> Grid:
+    return ceil_div(a.count, BLOCK_THREADS), 1
+
+
+def repack_grid(a: RepackArgs, block_elems: int) -> Grid:
+    return ceil_div(a.groups * GROUP_ROWS * (a.k // block_elems), BLOCK_THREADS), 1
+
+
+def quantize_grid(a: QuantizeArgs, block_elems: int) -> Grid:
+    return ceil_div(a.count // block_elems, BLOCK_THREADS), 1
+
+
+def activation_grid(a: ActivationArgs) -> Grid:
+    return ceil_div(a.count // 32, BLOCK_THREADS), 1

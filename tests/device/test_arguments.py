@@ -1,0 +1,132 @@
+"""arguments.py says what kernels/arguments.h says: a C++ compiler is asked."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import arguments as args
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEADER = ROOT / "kernels" / "arguments.h"
+
+# A grid function, its structure's type, and whether a number follows: block_elems or columns.
+GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[int, ...]], ...] = (
+    ("dequantize_grid", args.DequantizeArgs, (32, 256)),
+    ("embedding_grid", args.EmbeddingArgs, (32, 256)),
+    ("element_grid", args.LinearArgs, ()),
+    ("rows_grid", args.LinearArgs, (1, 8, 16, 64)),
+    ("transposed_grid", args.TransposedArgs, ()),
+    ("sum_grid", args.SumArgs, ()),
+    ("repack_grid", args.RepackArgs, (32, 256)),
+    ("quantize_grid", args.QuantizeArgs, (32, 256)),
+    ("activation_grid", args.ActivationArgs, ()),
+)
+# Small ones, odd ones, and ones whose products do not fit 32 bits.
+NUMBERS = (
+    {"m": 1, "n": 37, "k": 256, "row_begin": 16, "row_end": 37, "count": 512, "groups": 2},
+    {"m": 70, "n": 4097, "k": 1280, "row_begin": 0, "row_end": 4097, "count": 9728, "groups": 3},
+    {"m": 4097, "n": 1 << 20, "k": 14336, "row_begin": 32, "row_end": 1 << 20, "count": 1 << 30,
+     "groups": 65536},
+)  # fmt: skip
+
+
+def field_names(struct: str) -> list[str]:
+    """The members of a structure of the header, in order."""
+    text = re.sub(r"//.*", "", HEADER.read_text())
+    body = re.search(rf"struct {struct} \{{(.*?)\}};", text, re.DOTALL)
+    assert body, struct
+    names = []
+    for declaration in body[1].split(";"):
+        _, *declared = re.split(r"\s*[,*]\s*|\s+(?=\w+\s*(?:,|$))", declaration.strip())
+        names += [name for name in declared if name]
+    return names
+
+
+def run_cpp(statements: list[str], folder: Path) -> list[int]:
+    """The numbers that C++ ``print`` statements give, with the header included."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = folder / "probe.cpp"
+    source.write_text(
+        f'#include "{HEADER}"\n#include <cstddef>\n#include <cstdio>\n'
+        "using namespace torch_q4::gpu;\n"
+        'static void print(unsigned long long value) { std::printf("%llu\\n", value); }\n'
+        "int main() {\n" + "\n".join(statements) + "\n}\n"
+    )
+    command = [compiler, "-std=c++17", str(source), "-o", str(folder / "probe")]
+    subprocess.run(command, check=True)
+    result = subprocess.run([folder / "probe"], capture_output=True, text=True, check=True)
+    return [int(line) for line in result.stdout.split()]
+
+
+def test_every_structure_is_there() -> None:
+    names = re.findall(r"^struct (\w+Args) \{", HEADER.read_text(), re.MULTILINE)
+    assert [struct.__name__ for struct in args.STRUCTS] == names
+
+
+@pytest.mark.parametrize("struct", args.STRUCTS, ids=lambda struct: struct.__name__)
+def test_fields(struct: type[ctypes.Structure]) -> None:
+    assert [name for name, _ in struct._fields_] == field_names(struct.__name__)
+
+
+def test_sizes_and_offsets(tmp_path: Path) -> None:
+    statements, wanted, what = [], [], []
+    for struct in args.STRUCTS:
+        name = struct.__name__
+        statements.append(f"print(sizeof({name}));")
+        wanted.append(ctypes.sizeof(struct))
+        what.append(name)
+        for field, kind in struct._fields_:
+            statements.append(f"print(offsetof({name}, {field}));")
+            statements.append(f"print(sizeof(static_cast<{name}*>(nullptr)->{field}));")
+            wanted += [getattr(struct, field).offset, ctypes.sizeof(kind)]
+            what += [f"{name}.{field}", f"size of {name}.{field}"]
+    got = run_cpp(statements, tmp_path)
+    assert dict(zip(what, got, strict=True)) == dict(zip(what, wanted, strict=True))
+
+
+def test_constants(tmp_path: Path) -> None:
+    statements = [
+        *("print(kBlockThreads);", "print(kGroupRows);", "print(kTransposedRows);"),
+        "print(kPanelColumns);",
+        *("print(kFloat32);", "print(kFloat16);", "print(kBFloat16);"),
+        "for (int columns : kMatvecColumns) print(columns);",
+        "for (int columns : kMatmulColumns) print(columns);",
+    ]
+    assert run_cpp(statements, tmp_path) == [
+        *(args.BLOCK_THREADS, args.GROUP_ROWS, args.TRANSPOSED_ROWS, args.PANEL_COLUMNS),
+        *(args.FLOAT32, args.FLOAT16, args.BFLOAT16),
+        *args.MATVEC_COLUMNS,
+        *args.MATMUL_COLUMNS,
+    ]
+
+
+def test_grids(tmp_path: Path) -> None:
+    statements: list[str] = []
+    wanted: list[int] = []
+    for name, struct, extra in GRIDS:
+        fields = [field for field, _ in struct._fields_]
+        for numbers in NUMBERS:
+            values = {key: value for key, value in numbers.items() if key in fields}
+            if "splits" in fields:
+                values["splits"] = 3
+            filled: Any = struct(**values)
+            assign = "".join(f"a.{key} = {value}LL; " for key, value in values.items())
+            for more in [(number,) for number in extra] or [()]:
+                call = ", ".join(["a", *map(str, more)])
+                statements.append(
+                    f"{{ {struct.__name__} a{{}}; {assign}"
+                    f"Grid g = {name}({call}); print(g.x); print(g.y); }}"
+                )
+                wanted += getattr(args, name)(filled, *more)
+    declared = re.findall(r"^inline Grid (\w+)\(", HEADER.read_text(), re.MULTILINE)
+    assert [name for name, _, _ in GRIDS] == declared
+    assert run_cpp(statements, tmp_path) == wanted

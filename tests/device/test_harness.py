@@ -1,0 +1,356 @@
+"""The harness itself, on a machine without a GPU.
+
+Its weights and its layout are held against the library's own. Then its cases run on a pretended
+driver that computes with the CPU operators in host memory: all must pass, and none may pass once
+the pretended kernels make a mistake.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import arguments as args
+import numpy as np
+import pytest
+import run
+import torch
+import weights
+from conftest import dense64, golden
+from driver import Driver, DriverError, open_driver
+from session import Session
+from torch import Tensor
+from weights import BF16, F16, F32, all_formats
+
+import torch_q4
+from torch_q4 import formats
+
+DTYPES = {args.FLOAT32: torch.float32, args.FLOAT16: torch.float16, args.BFLOAT16: torch.bfloat16}
+
+
+# ---- what the harness knows ----------------------------------------------------------------------
+
+
+def test_formats_are_the_librarys() -> None:
+    ours = [(fmt.name, fmt.block_elems, fmt.block_bytes) for fmt in all_formats().values()]
+    theirs = [(fmt.name, fmt.block_elems, fmt.block_bytes) for fmt in formats.all()]
+    assert sorted(ours) == sorted(theirs)
+
+
+def test_packing_is_the_librarys(fmt) -> None:
+    ours = all_formats()[fmt.name]
+    for rows in (5, 16, 50):
+        blocks = torch.randint(0, 256, (rows, fmt.row_bytes(768)), dtype=torch.uint8)
+        packed = weights.pack(blocks.numpy(), ours)
+        assert np.array_equal(packed, torch_q4.pack(blocks, fmt).numpy())
+
+
+@pytest.mark.parametrize("tame", [True, False])
+def test_known_values_are_those_of_the_blocks(fmt, tame) -> None:
+    blocks, values = weights.known_blocks(fmt.name, tame=tame)
+    assert len(blocks) >= (12 if tame else 30)
+    wanted = dense64(torch.from_numpy(blocks), fmt).numpy()
+    assert np.array_equal(values.astype(np.float64), wanted, equal_nan=True)
+
+
+def test_rounding_is_torchs() -> None:
+    values = torch.cat([
+        torch.randint(-(2**31), 2**31 - 1, (100_000,), dtype=torch.int32).view(torch.float32),
+        torch.randn(1000),
+        torch.tensor([0.0, -0.0, float("inf"), float("nan"), 65519.9, 65520.0, 2.0**-25, 1e-45]),
+    ])  # fmt: skip
+    for ours, theirs in zip((F32, F16, BF16), DTYPES.values(), strict=True):
+        got = torch.from_numpy(ours.round(values.numpy()))
+        torch.testing.assert_close(got, values.to(theirs).double(), rtol=0, atol=0, equal_nan=True)
+        info = torch.finfo(theirs)
+        assert (ours.eps, ours.tiny) == (info.eps, info.smallest_normal * info.eps)
+
+
+@pytest.mark.parametrize("name", weights.QUANTIZERS)
+def test_quantizers_make_golden_bytes(name: str) -> None:
+    got = weights.QUANTIZERS[name](golden()["x"].reshape(-1, 32))
+    assert np.array_equal(got, golden()[f"{name}_blocks"].reshape(got.shape))
+
+
+def test_activations() -> None:
+    x = np.random.default_rng(0).standard_normal((4, 96)).astype(np.float32)
+    x[1, :32] = 0
+    x[2, 40] = np.inf
+    found = weights.quantize_activations(x)
+    near = np.abs(found.values - x) <= 0.5001 * np.repeat(found.scales, 32, axis=1)
+    assert near[[0, 1, 3]].all()
+    assert np.isnan(found.scales[2, 1])
+    assert np.isfinite(found.scales).sum() == 11
+    assert np.array_equal(found.sums, found.codes.reshape(4, 6, 16).sum(axis=2))
+
+
+# ---- the harness on a pretended driver -----------------------------------------------------------
+
+
+class FakeDriver(Driver):
+    """Host memory for the device's, the CPU operators for kernels. A module's handle is its name.
+
+    ``mistake`` may change what a kernel was asked to do, or say that it has done it all itself.
+    """
+
+    extensions = ("fake",)
+
+    def __init__(self, mistake: Callable[[str, Any], bool] | None = None) -> None:
+        self._memory: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self._names: list[str] = []
+        self._mistake = mistake
+
+    def _error(self, code: int) -> str:
+        return str(code)
+
+    def describe(self) -> str:
+        return "pretended"
+
+    def allocate(self, size: int) -> int:
+        memory = ctypes.create_string_buffer(size)
+        self._memory[ctypes.addressof(memory)] = memory
+        return ctypes.addressof(memory)
+
+    def free(self, address: int) -> None:
+        del self._memory[address]
+
+    def upload(self, address: int, data: np.ndarray) -> None:
+        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+
+    def download(self, data: np.ndarray, address: int) -> None:
+        ctypes.memmove(data.ctypes.data, address, data.nbytes)
+
+    def load(self, image: bytes) -> int:
+        self._names.append(image.decode())
+        return len(self._names)
+
+    def function(self, module: int, name: str) -> int:
+        self._names.append(f"{self._names[module - 1]} {name}")
+        return len(self._names)
+
+    def launch(self, function: int, grid: args.Grid, arguments: ctypes.Structure) -> None:
+        code_object, name = self._names[function - 1].split()
+        copy = type(arguments).from_buffer_copy(arguments)
+        if self._mistake is not None and self._mistake(name, copy):
+            return
+        kernel = next(run for pattern, run in FAKES.items() if fnmatch.fnmatch(name, pattern))
+        kernel(code_object, name, copy)
+
+    def synchronize(self) -> None:
+        pass
+
+
+def tensor_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    count = int(np.prod(shape))
+    raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
+
+
+def dense(a: Any, fmt_name: str) -> Tensor:
+    """The weight that the arguments name, float32 (n, k)."""
+    fmt = formats.get(fmt_name)
+    blocks = tensor_at(a.blocks, (a.n, fmt.row_bytes(a.k)), torch.uint8)
+    return torch_q4.dequantize(torch_q4.unpack(blocks, fmt) if a.packed else blocks, fmt)
+
+
+def fake_dequantize(fmt_name: str, name: str, a: Any) -> None:
+    rows = dense(a, fmt_name)[a.row_begin : a.row_end].to(DTYPES[a.dtype])
+    tensor_at(a.out, tuple(rows.shape), rows.dtype).copy_(rows)
+
+
+def fake_embedding(fmt_name: str, name: str, a: Any) -> None:
+    indices = tensor_at(a.indices, (a.count,), torch.int64 if a.wide else torch.int32)
+    rows = dense(a, fmt_name)[indices.long()].to(DTYPES[a.dtype])
+    tensor_at(a.out, tuple(rows.shape), rows.dtype).copy_(rows)
+
+
+def fake_repack(fmt_name: str, name: str, a: Any) -> None:
+    fmt = formats.get(fmt_name)
+    shape = (a.groups * 16, fmt.row_bytes(a.k))
+    source = tensor_at(getattr(a, "from"), shape, torch.uint8)
+    moved = torch_q4.pack(source, fmt) if name == "pack" else torch_q4.unpack(source, fmt)
+    tensor_at(a.to, shape, torch.uint8).copy_(moved)
+
+
+def fake_quantize(fmt_name: str, name: str, a: Any) -> None:
+    blocks = torch_q4.quantize(tensor_at(a.w, (a.count,), DTYPES[a.dtype]), fmt_name)
+    tensor_at(a.blocks, tuple(blocks.shape), torch.uint8).copy_(blocks)
+
+
+def fake_linear(fmt_name: str, name: str, a: Any) -> None:
+    dtype = DTYPES[a.dtype]
+    if "int8" in name:
+        scales = tensor_at(a.scales, (a.m, a.k // 32), torch.float32)
+        x = tensor_at(a.x, (a.m, a.k), torch.int8) * scales.repeat_interleave(32, dim=1)
+        w = dense(a, fmt_name)
+    else:
+        x = tensor_at(a.x, (a.m, a.k), dtype).float()
+        w = dense(a, fmt_name).to(dtype).float()
+    y = (x.double() @ w.double().T).float()
+    if a.bias:
+        y += tensor_at(a.bias, (a.n,), dtype).float()
+    part = slice(a.row_begin, a.row_end)
+    tensor_at(a.out, (a.m, a.n), dtype)[:, part] = y[:, part].to(dtype)
+
+
+def fake_transposed(fmt_name: str, name: str, a: Any) -> None:
+    grad, w = tensor_at(a.grad, (a.m, a.n), DTYPES[a.dtype]).float(), dense(a, fmt_name)
+    partial = tensor_at(a.partial, (a.splits, a.m, a.k), torch.float32)
+    groups = -(-a.n // 16)
+    for split in range(a.splits):
+        rows = slice(*(groups * s // a.splits * 16 for s in (split, split + 1)))
+        partial[split] = grad[:, rows] @ w[rows]
+
+
+def fake_sum(fmt_name: str, name: str, a: Any) -> None:
+    partial = tensor_at(a.partial, (a.splits, a.count), torch.float32)
+    total = torch.zeros(a.count)
+    for one in partial:
+        total += one
+    tensor_at(a.out, (a.count,), DTYPES[a.dtype]).copy_(total)
+
+
+def fake_activations(fmt_name: str, name: str, a: Any) -> None:
+    x = tensor_at(a.x, (1, a.count), DTYPES[a.dtype]).float().numpy()
+    found = weights.quantize_activations(x)
+    tensor_at(a.codes, (1, a.count), torch.int8).copy_(torch.from_numpy(found.codes))
+    tensor_at(a.scales, (1, a.count // 32), torch.float32).copy_(torch.from_numpy(found.scales))
+    tensor_at(a.sums, (1, a.count // 16), torch.int32).copy_(torch.from_numpy(found.sums))
+
+
+FAKES: dict[str, Callable[[str, str, Any], None]] = {
+    "dequantize": fake_dequantize,
+    "embedding": fake_embedding,
+    "*pack": fake_repack,
+    "quantize": fake_quantize,
+    "quantize_activations": fake_activations,
+    "sum_splits": fake_sum,
+    "transposed_*": fake_transposed,
+    "*": fake_linear,
+}
+
+
+def fake_session(tmp_path: Path, mistake: Callable[[str, Any], bool] | None = None) -> Session:
+    for name in ("common", *all_formats()):
+        (tmp_path / f"{name}.fake").write_text(name)
+    return Session(FakeDriver(mistake), tmp_path, None)
+
+
+# One of each kind: small blocks, large ones, and the one without golden vectors of its own.
+@pytest.mark.parametrize("code_object", ["common", "q4_0", "q5_k", "q4_0_f32"])
+def test_every_case_passes(tmp_path: Path, code_object: str) -> None:
+    session = fake_session(tmp_path)
+    results = list(run.run_all(session, run.select([code_object], []), 1, 0))
+    assert not [str(result) for result in results if result.failure is not None]
+    assert all(result.launches for result in results)
+
+
+def swap_rows(name: str, a: Any) -> bool:
+    """Rows 1 and 2 of each weight take each other's place."""
+    rows = tensor_at(a.blocks, (a.n, formats.get("q4_k").row_bytes(a.k)), torch.uint8)
+    rows[:3] = rows[[0, 2, 1]]
+    return False
+
+
+def one_row_less(name: str, a: Any) -> bool:
+    a.row_end -= 1
+    return False
+
+
+def write_before(name: str, a: Any) -> bool:
+    ctypes.memset(a.out - 3, 0, 1)
+    return False
+
+
+def skip(name: str, a: Any) -> bool:
+    return True
+
+
+def other_bias(name: str, a: Any) -> bool:
+    a.bias = None
+    return False
+
+
+MISTAKES: list[tuple[str, Callable[[str, Any], bool], str]] = [
+    ("element_f32", swap_rows, "row, column 0, 1: got"),
+    ("matvec_f16_2", one_row_less, "got nan"),
+    ("matvec_int8_1", write_before, "wrote 3 bytes before the output"),
+    ("matmul_bf16_16", swap_rows, "of 16 are wrong"),
+    ("matmul_f16_64", other_bias, "bias=True: row, column"),
+    ("dequantize", skip, "got nan"),
+    ("embedding", write_before, "wrote 3 bytes before the output"),
+    ("pack", skip, "got 255"),
+    ("transposed_f32", skip, "got nan"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "mistake", "words"), MISTAKES)
+def test_mistakes_are_seen(tmp_path: Path, kernel: str, mistake: Any, words: str) -> None:
+    session = fake_session(tmp_path, mistake)
+    (result,) = run.run_all(session, run.select(["q4_k"], [kernel]), 1, 0)
+    assert result.failure is not None
+    assert words in result.failure
+    assert str(result).startswith(f"FAIL q4_k      {kernel} ")
+
+
+@pytest.mark.parametrize("kernel", ["matmul_f16_16", "matmul_bf16_64"])
+def test_one_wrong_code_is_seen(tmp_path: Path, kernel: str) -> None:
+    """One element of one row of a weight, off by one code, in nothing but the one-hot product."""
+
+    def mistake(name: str, a: Any) -> bool:
+        if a.m >= 16 * a.k:
+            bytes_of_row = tensor_at(a.blocks, (16, 144), torch.uint8)
+            bytes_of_row[3, 60] ^= 1
+        return False
+
+    session = fake_session(tmp_path, mistake)
+    (result,) = run.run_all(session, run.select(["q4_k"], [kernel]), 1, 0)
+    assert result.failure is not None
+    assert "one-hot" in result.failure
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_missing_code_objects_are_named(tmp_path: Path) -> None:
+    session = Session(FakeDriver(), tmp_path, "gfx942")
+    (result,) = run.run_all(session, run.select(["q4_0"], ["pack"]), 1, 0)
+    assert result.failure == (
+        f"{tmp_path} must have one of q4_0.gfx942.fake, q4_0.fake, got none"
+    )  # fmt: skip
+
+
+def test_needs_no_torch() -> None:
+    script = Path(run.__file__)
+    code = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, sys.argv.pop(0)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(script.parent), str(script), "--list"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == len(run.select([], []))
+
+
+def test_drivers_that_are_none(tmp_path: Path, capsys) -> None:
+    with pytest.raises(DriverError, match="must be a library that loads, got nowhere"):
+        open_driver("nowhere")
+    with pytest.raises(DriverError, match=r"must be libamdhip64\.so or libcuda\.so\.1, got libc"):
+        open_driver("libc.so.6")
+    assert run.main(["--driver", "nowhere"]) == 2
+    assert "must be a library that loads" in capsys.readouterr().err
+
+
+def test_command_line(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("TORCH_Q4_DRIVER", raising=False)
+    assert run.main(["--list", "--format", "q8_0", "--kernel", "matmul_*"]) == 0
+    assert capsys.readouterr().out.split("\n")[0] == "q8_0 matmul_f16_16"
+    with pytest.raises(SystemExit):
+        run.main([])
+    assert "--driver or TORCH_Q4_DRIVER" in capsys.readouterr().err
+    assert run.main(["--driver", "nowhere", "--kernel", "nothing"]) == 2
