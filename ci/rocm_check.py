@@ -1,0 +1,575 @@
+#!/usr/bin/env python3
+"""Compiles the device code for every AMD architecture and checks what the compiler made of it.
+
+No GPU is needed, only HIP's compiler: that of a root made by ``ci/hip_root.sh``, named by
+``--hip-root`` or ``HIP_ROOT``, or else ``hipcc`` and LLVM's tools from the ``PATH``.
+
+What every kernel must fulfil is the table ``RULES`` below. Violations are listed in full and make
+the exit status 1; a compilation that fails, or a rule that met no kernel, makes it 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parent.parent
+KERNELS = SOURCE / "kernels"
+
+ARCHS = (
+    "gfx906", "gfx908", "gfx90a", "gfx942", "gfx950", "gfx1030",
+    "gfx1100", "gfx1101", "gfx1102", "gfx1151", "gfx1200", "gfx1201",
+)  # fmt: skip
+
+# The same optimisation and arithmetic as the build: what is checked must be what ships.
+FLAGS = (
+    "-x", "hip", "--offload-device-only", "--no-gpu-bundle-output", "-O3", "-std=c++17",
+    "-ffp-contract=off", "-fno-slp-vectorize", "-Wno-unused-command-line-argument",
+    "-Rpass-analysis=kernel-resource-usage",
+)  # fmt: skip
+
+# ---- what is asked of the code -------------------------------------------------------------------
+
+CDNA = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
+CDNA_1 = ("gfx906", "gfx908")
+CDNA_2 = ("gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
+RDNA_WITH_WMMA = ("gfx11*", "gfx12*")
+WITHOUT_MATRIX = ("gfx906", "gfx1030", "gfx10-3-generic")
+EVERY = ("*",)
+
+# Vector registers of architectures that share them out between VGPRs and AGPRs.
+UNIFIED_REGISTERS = CDNA_2
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Bounds on a figure of the kernels whose names match, on the architectures that match.
+
+    ``figure`` is one of ``Kernel``'s numbers or a key of its ``counts``.
+    """
+
+    kernels: str
+    archs: tuple[str, ...]
+    figure: str
+    least: int = 0
+    most: int | None = None
+    why: str = ""
+
+    def covers(self, kernel: str, arch: str) -> bool:
+        """Whether the rule speaks of this kernel on this architecture."""
+        return fnmatch.fnmatchcase(kernel, self.kernels) and matches(arch, self.archs)
+
+
+RULES = (
+    Rule("*", EVERY, "vgpr_spills", most=0, why="registers spill to memory"),
+    Rule("*", EVERY, "sgpr_spills", most=0, why="registers spill to memory"),
+    Rule("*", EVERY, "scratch", most=0, why="bytes of scratch memory a lane"),
+    Rule("mat*_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
+    Rule("mat*_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"),
+    Rule("matvec_*", EVERY, "registers", most=128, why="too few waves hide memory's latency"),
+    Rule("matvec_*", CDNA_2, "occupancy", least=4, why="too few waves hide memory's latency"),
+    # Their SIMD units have half the registers: four waves of 64.
+    Rule("matvec_*", CDNA_1, "occupancy", least=2, why="too few waves hide memory's latency"),
+    Rule("matvec_f16_*", EVERY, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
+    Rule("matvec_int8_*", EVERY, "dot4", least=1, why="no v_dot4"),
+    Rule("matmul_f16_*", CDNA, "mfma", least=1, why="no v_mfma"),
+    Rule("matmul_bf16_*", CDNA, "mfma", least=1, why="no v_mfma"),
+    Rule("matmul_f16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
+    Rule("matmul_bf16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
+    Rule("matmul_f16_*", WITHOUT_MATRIX, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
+)
+
+# Instructions that are counted, by the beginning of an operation's name. gfx11 and later may put
+# two operations into one instruction (v_dual_...).
+COUNTED = {
+    "mfma": r"v_s?mfma",
+    "wmma": r"v_s?wmmac?_",
+    "dot2_f16": r"v_(dot2c?|dot2acc|dual_dot2acc)_f32_f16",
+    "dot2_bf16": r"v_(dot2c?|dot2acc|dual_dot2acc)_f32_bf16",
+    "dot4": r"v_dot4c?_i32_i(8|u8)",
+    "load_16": r"global_load_(dwordx4|b128)",
+    "load_narrow": r"global_load_(?!dwordx4|b128)",
+    "lds_accesses": r"ds_",
+    "flat": r"flat_",
+    "wait": r"s_(waitcnt|wait_)",
+}
+MULTIPLY_ADD = r"v_(dual_|pk_)?(fma|fmac|mac|mad|fmamk|fmaak)_(f32|mix)"
+
+# Instructions that tell the processor about others and take no time of their own.
+HINTS = ("s_delay_alu", "s_clause")
+
+# Products of two numbers that a lane adds up in one instruction. A matrix instruction of 16x16x16
+# does 4096 in the lanes of a wave: 64 where there is mfma, 32 where there is wmma.
+DOT_PRODUCTS = {"dot2_f16": 2, "dot2_bf16": 2, "dot4": 4}
+MATRIX_LANES = {"mfma": 64, "wmma": 32}
+
+# ---- what the compiler says ----------------------------------------------------------------------
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether ``name`` matches one of the shell patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a disassembly: its address, text and, of a branch, the address it goes to."""
+
+    address: int
+    text: str
+    target: int | None = None
+
+    def operations(self) -> list[str]:
+        """The names of what it does: one, or two of a dual instruction."""
+        return [part.split(None, 1)[0] for part in self.text.split(" :: ")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """The innermost loop that does the kernel's products.
+
+    Attributes:
+        instructions: how many its body has.
+        products: how many products of two numbers a lane of it does in one turn, on average over
+            the wave; 0 where they are plain multiply-adds, which decoding has too.
+        counts: occurrences of each of ``COUNTED``.
+    """
+
+    instructions: int
+    products: int
+    counts: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What is known of one kernel of one source for one architecture."""
+
+    unit: str
+    arch: str
+    name: str
+    vgprs: int
+    agprs: int
+    sgprs: int
+    vgpr_spills: int
+    sgpr_spills: int
+    scratch: int
+    lds: int
+    occupancy: int
+    instructions: int
+    counts: dict[str, int]
+    loop: Loop | None
+
+    @property
+    def registers(self) -> int:
+        """Vector registers that decide how many waves fit."""
+        both = matches(self.arch, UNIFIED_REGISTERS)
+        return self.vgprs + self.agprs if both else max(self.vgprs, self.agprs)
+
+    @property
+    def columns(self) -> int | None:
+        """Columns that a block multiplies with, the last part of the name."""
+        match = re.fullmatch(r"mat(?:vec|mul)_\w+_(\d+)", self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def instructions_per_weight(self) -> float | None:
+        """Instructions of the hot loop for each weight that a lane multiplies with all columns."""
+        if self.loop is None or self.columns is None or self.loop.products == 0:
+            return None
+        return self.loop.instructions * self.columns / self.loop.products
+
+    def figure(self, name: str) -> int:
+        """A number by the name that rules give it."""
+        value = self.counts[name] if name in self.counts else getattr(self, name)
+        assert isinstance(value, int), name
+        return value
+
+
+# The compiler's names of the fields of Kernel.
+RESOURCES = {
+    "VGPRs": "vgprs",
+    "AGPRs": "agprs",
+    "TotalSGPRs": "sgprs",
+    "SGPRs": "sgprs",
+    "VGPRs Spill": "vgpr_spills",
+    "SGPRs Spill": "sgpr_spills",
+    "ScratchSize [bytes/lane]": "scratch",
+    "LDS Size [bytes/block]": "lds",
+    "Occupancy [waves/SIMD]": "occupancy",
+}
+
+
+def parse_resources(remarks: str) -> dict[str, dict[str, int]]:
+    """Each kernel's resources from the output of ``-Rpass-analysis=kernel-resource-usage``."""
+    kernels: dict[str, dict[str, int]] = {}
+    for line in remarks.splitlines():
+        match = re.search(r" remark: +([^:]+): +(\S+) \[-Rpass-analysis=kernel-resource", line)
+        if match is None:
+            continue
+        field, value = match[1], match[2]
+        if field == "Function Name":
+            current = kernels[value] = dict.fromkeys(RESOURCES.values(), 0)
+        elif field in RESOURCES:
+            current[RESOURCES[field]] = int(value)
+    return kernels
+
+
+def parse_disassembly(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each symbol in the output of ``llvm-objdump --disassemble``."""
+    symbols: dict[str, list[Instruction]] = {}
+    starts: dict[str, int] = {}
+    for line in text.splitlines():
+        if match := re.fullmatch(r"([0-9a-f]+) <(.+)>:", line):
+            starts[match[2]] = int(match[1], 16)
+            current = symbols[match[2]] = []
+        elif match := re.match(r"\s+([a-z]\S*(?: .*?)?)\s*// ([0-9A-F]+):.*?(?:<(.+)>)?$", line):
+            operation = match[1].split(None, 1)[0]
+            target = None
+            if match[3] and operation.startswith(("s_branch", "s_cbranch")):
+                symbol, _, offset = match[3].partition("+")
+                target = starts[symbol] + int(offset or "0", 16)
+            current.append(Instruction(int(match[2], 16), match[1].rstrip(), target))
+    for instructions in symbols.values():
+        while instructions and instructions[-1].text.startswith(("s_nop", "s_code_end")):
+            instructions.pop()  # padding behind the end
+    return {name: instructions for name, instructions in symbols.items() if instructions}
+
+
+def size(instructions: Sequence[Instruction]) -> int:
+    """How many instructions there are, but for the hints among them."""
+    return sum(not instruction.text.startswith(HINTS) for instruction in instructions)
+
+
+def operations(instructions: Sequence[Instruction]) -> Counter[str]:
+    """How often each operation occurs."""
+    return Counter(name for instruction in instructions for name in instruction.operations())
+
+
+def count(instructions: Sequence[Instruction]) -> dict[str, int]:
+    """How often each of ``COUNTED`` occurs."""
+    names = operations(instructions)
+    return {
+        key: sum(number for name, number in names.items() if re.match(pattern, name))
+        for key, pattern in COUNTED.items()
+    }
+
+
+def products(operation: str) -> int:
+    """Products that a lane does in one dot or matrix instruction; of others 0."""
+    for key, number in DOT_PRODUCTS.items():
+        if re.match(COUNTED[key], operation):
+            return number
+    for key, lanes in MATRIX_LANES.items():
+        if re.match(COUNTED[key], operation):
+            size = re.search(r"_(\d+)x(\d+)x(\d+)", operation)
+            assert size is not None, operation
+            return int(size[1]) * int(size[2]) * int(size[3]) // lanes
+    return 0
+
+
+def loops(instructions: Sequence[Instruction]) -> list[Sequence[Instruction]]:
+    """The bodies of loops: from the target of each backward branch to the branch."""
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    bodies = []
+    for end, instruction in enumerate(instructions):
+        if instruction.target is not None and instruction.target <= instruction.address:
+            bodies.append(instructions[index[instruction.target] : end + 1])
+    return bodies
+
+
+def hot_loop(instructions: Sequence[Instruction]) -> Loop | None:
+    """The innermost loop with dot or matrix instructions.
+
+    A kernel that has none of those in a loop does its products in plain multiply-adds. Of several
+    loops, those of the packed and the canonical layout, the packed one's is meant: it has fewer
+    narrow loads. Between equals the larger one counts.
+    """
+
+    def total(body: Sequence[Instruction], of: Callable[[str], int]) -> int:
+        return sum(number * of(name) for name, number in operations(body).items())
+
+    def is_multiply_add(operation: str) -> int:
+        return re.match(MULTIPLY_ADD, operation) is not None
+
+    bodies = loops(instructions)
+    for work in (products, is_multiply_add):
+        working = [body for body in bodies if total(body, work) > 0]
+        innermost = [body for body in working if not any(inside(it, body) for it in working)]
+        if innermost:
+            body = max(innermost, key=lambda it: (-count(it)["load_narrow"], size(it)))
+            return Loop(size(body), total(body, products), count(body))
+    return None
+
+
+def inside(inner: Sequence[Instruction], outer: Sequence[Instruction]) -> bool:
+    """Whether a loop's body lies within another's."""
+    return (
+        len(inner) < len(outer)
+        and outer[0].address <= inner[0].address
+        and inner[-1].address <= outer[-1].address
+    )
+
+
+def parse_kernels(unit: str, arch: str, remarks: str, disassembly: str) -> list[Kernel]:
+    """All kernels of one code object.
+
+    Raises:
+        ValueError: a kernel is in one of the two texts only, or there is none.
+    """
+    resources = parse_resources(remarks)
+    code = parse_disassembly(disassembly)
+    missing = sorted(resources.keys() - code.keys())
+    if missing or not resources:
+        raise ValueError(
+            f"{unit} {arch}: every kernel's code must be disassembled, got none of "
+            f"{missing or 'any kernel'}"
+        )
+    return [
+        Kernel(unit, arch, name, instructions=size(code[name]), counts=count(code[name]),
+               loop=hot_loop(code[name]), **resource)
+        for name, resource in resources.items()
+    ]  # fmt: skip
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+def violations(kernel: Kernel, rules: Sequence[Rule] = RULES) -> list[str]:
+    """What the kernel violates, one sentence each."""
+    found = []
+    for rule in rules:
+        if not rule.covers(kernel.name, kernel.arch):
+            continue
+        value = kernel.figure(rule.figure)
+        where = f"{kernel.unit} {kernel.name} {kernel.arch}"
+        if value < rule.least:
+            found.append(
+                f"{where}: {rule.figure} must be at least {rule.least}, got {value} ({rule.why})"
+            )
+        if rule.most is not None and value > rule.most:
+            found.append(
+                f"{where}: {rule.figure} must be at most {rule.most}, got {value} ({rule.why})"
+            )
+    return found
+
+
+def idle_rules(
+    kernels: Iterable[Kernel], archs: Sequence[str], rules: Sequence[Rule] = RULES
+) -> list[Rule]:
+    """Rules that met no kernel though an architecture of theirs was compiled.
+
+    A renamed kernel would otherwise escape its rules in silence.
+    """
+    names = {(kernel.name, kernel.arch) for kernel in kernels}
+    return [
+        rule
+        for rule in rules
+        if any(matches(arch, rule.archs) for arch in archs)
+        and not any(rule.covers(*name) for name in names)
+    ]
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+HEADER = (
+    f"{'kernel':24} {'arch':8} {'VGPR':>4} {'AGPR':>4} {'SGPR':>4} {'LDS':>6} {'waves':>5} "
+    f"{'16-byte':>7} {'instructions':>24} {'loop':>5} {'a weight':>8}"
+)
+
+
+def row(label: str, kernels: Sequence[Kernel]) -> str:
+    """One line: of several kernels the worst of each figure."""
+    first = kernels[0]
+    kinds = ("mfma", "wmma", "dot2_f16", "dot2_bf16", "dot4")
+    lowest = {kind: min(kernel.counts[kind] for kernel in kernels) for kind in kinds}
+    found = " ".join(f"{kind}:{number}" for kind, number in lowest.items() if number)
+    sizes = [kernel.loop.instructions for kernel in kernels if kernel.loop]
+    weights = [each for kernel in kernels if (each := kernel.instructions_per_weight)]
+
+    def most(figure: str) -> int:
+        return max(kernel.figure(figure) for kernel in kernels)
+
+    return (
+        f"{label:24} {first.arch:8} {most('vgprs'):4} {most('agprs'):4} {most('sgprs'):4} "
+        f"{most('lds'):6} {min(kernel.occupancy for kernel in kernels):5} "
+        f"{min(kernel.counts['load_16'] for kernel in kernels):7} {found or '-':>24} "
+        f"{max(sizes) if sizes else '-':>5} {f'{max(weights):.2f}' if weights else '-':>8}"
+    )
+
+
+def table(kernels: Iterable[Kernel], verbose: bool) -> list[str]:
+    """The table's lines: the worst over formats for each kernel and architecture, or every one."""
+    groups: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in kernels:
+        label = f"{kernel.name} {kernel.unit}" if verbose else kernel.name
+        groups.setdefault((label, kernel.arch), []).append(kernel)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], natural(item[0][1])))
+    return [HEADER, *(row(label, group) for (label, _), group in ordered)]
+
+
+def natural(arch: str) -> tuple[int, str]:
+    """A key that sorts gfx1030 behind gfx950."""
+    return len(arch), arch
+
+
+def as_json(kernel: Kernel) -> dict[str, object]:
+    """A kernel's figures, the derived ones too."""
+    derived = {
+        "registers": kernel.registers,
+        "instructions_per_weight": kernel.instructions_per_weight,
+    }
+    return dataclasses.asdict(kernel) | derived
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+def format_names() -> list[str]:
+    """The names in TORCH_Q4_FORMATS."""
+    text = (KERNELS / "formats" / "registry.h").read_text()
+    match = re.search(r"#define TORCH_Q4_FORMATS\(X\)((?:.*\\\n)*.*)", text)
+    names = re.findall(r"X\((\w+)\)", match[1]) if match else []
+    if not names:
+        raise SystemExit("rocm_check: kernels/formats/registry.h must define TORCH_Q4_FORMATS")
+    return names
+
+
+class CompileError(RuntimeError):
+    """A command that failed, with what it printed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toolchain:
+    """Runs hipcc and LLVM's tools, inside ``root`` where there is one."""
+
+    root: Path | None
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command; raises ``CompileError`` with its output where it fails."""
+        prefix = [str(SOURCE / "ci" / "hip_run.sh"), str(self.root)] if self.root else []
+        result = subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=SOURCE)
+        if result.returncode != 0:
+            # A template's error comes with pages of context; the first few say what is wrong.
+            errors = [line for line in result.stderr.splitlines() if "error:" in line]
+            summary = "\n".join(errors[:5] or result.stderr.splitlines()[-5:])
+            raise CompileError(f"{shlex.join(command)}\n{summary}")
+        return result
+
+    def version(self) -> str:
+        """What hipcc says of itself."""
+        return self.run("hipcc", "--version").stdout.partition("\nTarget")[0]
+
+    def kernels(self, unit: str, arch: str, directory: Path) -> list[Kernel]:
+        """Compiles format.hip for a format, or common.hip, and reads the result."""
+        is_format = unit != "common"
+        source = KERNELS / ("format.hip" if is_format else "common.hip")
+        define = [f"-DTORCH_Q4_FORMAT={unit}"] if is_format else []
+        code_object = directory / f"{unit}.{arch}.hsaco"
+        remarks = self.run(
+            "hipcc", *FLAGS, *define, f"--offload-arch={arch}", str(source), "-o", str(code_object)
+        ).stderr
+        disassembly = self.run("llvm-objdump", "--disassemble", str(code_object)).stdout
+        code_object.unlink()
+        return parse_kernels(unit, arch, remarks, disassembly)
+
+
+def compile_all(
+    toolchain: Toolchain, units: Sequence[str], archs: Sequence[str], jobs: int
+) -> tuple[list[Kernel], list[str]]:
+    """All kernels of all units, and the messages of the compilations that failed."""
+    kernels: list[Kernel] = []
+    errors: list[str] = []
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+
+        def one(unit: str, arch: str) -> tuple[list[Kernel], float]:
+            start = time.monotonic()
+            return toolchain.kernels(unit, arch, Path(name)), time.monotonic() - start
+
+        waiting = {pool.submit(one, unit, arch): (unit, arch) for arch in archs for unit in units}
+        for done, future in enumerate(as_completed(waiting), 1):
+            unit, arch = waiting[future]
+            try:
+                found, seconds = future.result()
+            except (CompileError, ValueError) as error:
+                errors.append(f"{unit} {arch}: {error}")
+                outcome = "FAILED"
+            else:
+                kernels += found
+                outcome = f"{len(found)} kernels in {seconds:.1f} s"
+            print(f"[{done}/{len(waiting)}] {arch} {unit}: {outcome}", file=sys.stderr, flush=True)
+    return kernels, errors
+
+
+def absolute(path: str) -> Path:
+    """The path as it is from any directory."""
+    return Path(path).resolve()
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Compile the device code for every AMD architecture and check the result: "
+        "registers, spills, widths of loads, matrix and dot instructions. Needs hipcc, no GPU.",
+        epilog="Exit status: 0 all rules hold, 1 violations, 2 a compilation failed or a rule met "
+        "no kernel.",
+    )
+    known = [*format_names(), "common"]
+    parser.add_argument("--arch", nargs="+", default=ARCHS, metavar="GFX",
+                        help=f"architectures (default: {' '.join(ARCHS)})")  # fmt: skip
+    parser.add_argument("--format", nargs="+", default=known, choices=known, metavar="NAME",
+                        help=f"what to compile (default: {' '.join(known)})")  # fmt: skip
+    parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
+                        help="compilations at a time (default: one a CPU)")  # fmt: skip
+    parser.add_argument("--hip-root", type=absolute, default=os.environ.get("HIP_ROOT"),
+                        metavar="DIR", help="a root made by ci/hip_root.sh (default: $HIP_ROOT, "
+                        "else hipcc and llvm-objdump must be on the PATH)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("-v", "--verbose", action="store_true",
+                        help="a line for each format, not the worst of all")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the check; returns the exit status."""
+    options = parse_arguments(arguments)
+    start = time.monotonic()
+    toolchain = Toolchain(options.hip_root)
+    print(toolchain.version(), file=sys.stderr)
+    kernels, errors = compile_all(toolchain, options.format, options.arch, options.jobs)
+
+    print("\n".join(table(kernels, options.verbose)))
+    if not options.verbose:
+        print("Of several formats each column shows the worst.")
+    if options.json:
+        options.json.write_text(json.dumps([as_json(kernel) for kernel in kernels], indent=1))
+
+    found = [text for kernel in kernels for text in violations(kernel)]
+    # A selection need not have every kind of kernel.
+    if set(options.format) >= {*format_names(), "common"} and not errors:
+        errors += [f"no kernel is covered by {rule}" for rule in idle_rules(kernels, options.arch)]
+    for text in found:
+        print(f"VIOLATION {text}")
+    for text in errors:
+        print(f"ERROR {text}")
+    print(
+        f"{len(options.format)} sources for {len(options.arch)} architectures: {len(kernels)} "
+        f"kernels, {len(found)} violations, {len(errors)} errors, {time.monotonic() - start:.0f} s"
+    )
+    return 2 if errors else 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

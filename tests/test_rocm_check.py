@@ -1,0 +1,310 @@
+"""ci/rocm_check.py: what it reads out of the compiler's output, and that it misses no violation.
+
+The outputs are those of hipcc 7.2 and its llvm-objdump for two toy kernels, shortened; no compiler
+is needed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "ci" / "rocm_check.py"
+spec = importlib.util.spec_from_file_location("rocm_check", PATH)
+assert spec is not None
+assert spec.loader is not None
+rocm_check = importlib.util.module_from_spec(spec)
+sys.modules["rocm_check"] = rocm_check  # dataclasses look their module up
+spec.loader.exec_module(rocm_check)
+
+Kernel, Rule = rocm_check.Kernel, rocm_check.Rule
+
+REMARKS = """\
+toy.hip:5:1: remark: Function Name: matvec_f16_1 [-Rpass-analysis=kernel-resource-usage]
+    5 | extern "C" __global__ void __launch_bounds__(64) matvec_f16_1(const uint4* w, int n) {
+      | ^
+toy.hip:5:1: remark:     TotalSGPRs: 15 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     VGPRs: 14 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     AGPRs: 4 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     ScratchSize [bytes/lane]: 16 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     Dynamic Stack: False [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     Occupancy [waves/SIMD]: 8 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     SGPRs Spill: 2 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     VGPRs Spill: 3 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:5:1: remark:     LDS Size [bytes/block]: 1024 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:15:1: remark: Function Name: matmul_f16_16 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:15:1: remark:     TotalSGPRs: 11 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:15:1: remark:     VGPRs: 18 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:15:1: remark:     Occupancy [waves/SIMD]: 16 [-Rpass-analysis=kernel-resource-usage]
+"""
+
+# A loop that begins with a hint, a dual instruction, and a comment that touches the instruction.
+MATVEC_GFX1100 = """
+toy.hsaco:	file format elf64-amdgpu
+
+Disassembly of section .text:
+
+0000000000001700 <matvec_f16_1>:
+	s_cbranch_execz 58                                         // 000000001740: BFA5003A <matvec_f16_1+0x12c>
+	v_dual_mov_b32 v1, 0 :: v_dual_mov_b32 v8, v0              // 00000000174C: CA100080 01080100
+	s_clause 0x1                                               // 0000000017BC: BF850001
+	global_load_b128 v[9:12], v[2:3], off                      // 0000000017C0: DC5E0000 097C0002
+	global_load_b64 v[13:14], v[4:5], off offset:-4            // 0000000017C8: DC561FFC 0B7C0004
+	s_delay_alu instid0(VALU_DEP_1) | instskip(SKIP_1) | instid1(VALU_DEP_4)// 0000000017E0: BF870221
+	s_waitcnt vmcnt(0)                                         // 00000000180C: BF8903F7
+	v_dual_dot2acc_f32_f16 v6, v9, v11 :: v_dual_dot2acc_f32_f16 v7, v10, v12// 000000001810: CB181709 0606190A
+	s_and_not1_b32 exec_lo, exec_lo, s4                        // 000000001818: 917E047E
+	s_cbranch_execnz 65512                                     // 00000000181C: BFA6FFE8 <matvec_f16_1+0xbc>
+	s_endpgm                                                   // 000000001854: BFB00000
+	s_code_end                                                 // 000000001858: BF9F0000
+"""  # noqa: E501
+
+MATMUL_GFX942 = """
+0000000000001b00 <matmul_f16_16>:
+	s_cbranch_scc1 33                                          // 000000001B24: BF850021 <matmul_f16_16+0xac>
+	global_load_dwordx4 v[10:13], v[8:9], off offset:-8        // 000000001B58: DC5C9FF8 0A7F0008
+	s_add_i32 s8, s8, -1                                       // 000000001B68: 8108C108
+	s_waitcnt vmcnt(0)                                         // 000000001B80: BF8C0F70
+	v_mfma_f32_16x16x16_f16 v[2:5], v[10:11], v[14:15], v[2:5] // 000000001B84: D3CD0002 040A1D0A
+	v_mfma_f32_16x16x16_f16 v[2:5], v[12:13], v[16:17], v[2:5] // 000000001B8C: D3CD0002 040A210C
+	s_cbranch_scc0 65520                                       // 000000001B94: BF84FFF0 <matmul_f16_16+0x58>
+	global_store_dwordx4 v0, v[2:5], s[2:3]                    // 000000001BA0: DC7C8000 00020200
+	s_endpgm                                                   // 000000001BA8: BF810000
+	s_nop 0                                                    // 000000001BC8: BF800000
+	s_nop 0                                                    // 000000001BCC: BF800000
+"""  # noqa: E501
+
+
+def kernel(name: str, arch: str = "gfx1100", **changes: object) -> object:
+    """A kernel that keeps all rules, but for the changes; those of counts by their names."""
+    counts = dict.fromkeys(rocm_check.COUNTED, 1) | {"flat": 0}
+    counts |= {key: changes.pop(key) for key in list(changes) if key in counts}
+    values = dict.fromkeys((field.name for field in dataclasses.fields(Kernel)), 0)
+    values |= {"unit": "Q4_0", "arch": arch, "name": name, "vgprs": 64, "occupancy": 8}
+    return Kernel(**values | {"counts": counts, "loop": None} | changes)
+
+
+def test_resources() -> None:
+    resources = rocm_check.parse_resources(REMARKS)
+    assert list(resources) == ["matvec_f16_1", "matmul_f16_16"]
+    assert resources["matvec_f16_1"] == {
+        "vgprs": 14, "agprs": 4, "sgprs": 15, "vgpr_spills": 3, "sgpr_spills": 2, "scratch": 16,
+        "lds": 1024, "occupancy": 8,
+    }  # fmt: skip
+    assert resources["matmul_f16_16"]["agprs"] == 0
+
+
+def test_disassembly() -> None:
+    code = rocm_check.parse_disassembly(MATVEC_GFX1100 + MATMUL_GFX942)
+    assert list(code) == ["matvec_f16_1", "matmul_f16_16"]
+    matvec, matmul = code.values()
+    assert [each.target for each in matvec if each.target] == [0x182C, 0x17BC]
+    assert matvec[7].operations() == ["v_dual_dot2acc_f32_f16", "v_dual_dot2acc_f32_f16"]
+    assert [each[-1].text for each in code.values()] == ["s_endpgm", "s_endpgm"]
+    counts = rocm_check.count(matvec)
+    expected = {"dot2_f16": 2, "load_16": 1, "load_narrow": 1, "wait": 1}
+    assert {key: number for key, number in counts.items() if number} == expected
+    assert rocm_check.count(matmul)["mfma"] == 2
+
+
+def test_hot_loop() -> None:
+    code = rocm_check.parse_disassembly(MATVEC_GFX1100 + MATMUL_GFX942)
+    matvec = rocm_check.hot_loop(code["matvec_f16_1"])
+    assert (matvec.instructions, matvec.products) == (6, 4)
+    matmul = rocm_check.hot_loop(code["matmul_f16_16"])
+    assert (matmul.instructions, matmul.products) == (6, 2 * 16 * 16 * 16 // 64)
+    assert rocm_check.hot_loop(code["matmul_f16_16"][:6]) is None
+
+
+def body(*operations: str) -> list[object]:
+    """Instructions 4 bytes apart; "<N" branches back to the Nth."""
+    return [
+        rocm_check.Instruction(4 * i, "s_branch", 4 * int(text[1:]))
+        if text.startswith("<")
+        else rocm_check.Instruction(4 * i, text)
+        for i, text in enumerate(operations)
+    ]
+
+
+def test_hot_loop_is_the_innermost_with_fewest_narrow_loads() -> None:
+    dot, narrow = "v_dot4c_i32_i8_e32 v1", "global_load_ushort v1"
+    loop = rocm_check.hot_loop(
+        body("s_nop", dot, "<1", "s_add", "<0", dot, narrow, narrow, "<5", "v_fmac_f32 v0", "<9")
+    )
+    assert (loop.instructions, loop.counts["load_narrow"]) == (2, 0)
+
+
+def test_hot_loop_of_plain_multiply_adds() -> None:
+    loop = rocm_check.hot_loop(body("v_dual_fmac_f32 v1 :: v_dual_fmac_f32 v2", "<0"))
+    assert (loop.instructions, loop.products) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("operation", "products"),
+    [
+        ("v_mfma_f32_16x16x16_f16", 64),
+        ("v_mfma_f32_16x16x16f16", 64),
+        ("v_mfma_f32_16x16x8bf16", 32),
+        ("v_mfma_f32_16x16x32_bf16", 128),
+        ("v_wmma_f32_16x16x16_f16", 128),
+        ("v_dot2_f32_f16", 2),
+        ("v_dot2c_f32_f16_e32", 2),
+        ("v_dual_dot2acc_f32_f16", 2),
+        ("v_dot2_f32_bf16", 2),
+        ("v_dot4_i32_iu8", 4),
+        ("v_dot4_i32_i8", 4),
+        ("v_dot4c_i32_i8_dpp", 4),
+        ("v_dot4_u32_u8", 0),
+        ("v_fmac_f32_e32", 0),
+    ],
+)
+def test_products(operation: str, products: int) -> None:
+    assert rocm_check.products(operation) == products
+
+
+def test_instructions_per_weight() -> None:
+    """A lane's 4 products are 4 weights with one column, 2 weights with two."""
+    (matvec,) = rocm_check.parse_kernels(
+        "Q4_0", "gfx1100", REMARKS.partition("toy.hip:15")[0], MATVEC_GFX1100
+    )
+    assert matvec.instructions_per_weight == 6 / 4
+    assert dataclasses.replace(matvec, name="matvec_f16_2").instructions_per_weight == 6 / 2
+    assert dataclasses.replace(matvec, name="element_f16").instructions_per_weight is None
+    assert json.loads(json.dumps(rocm_check.as_json(matvec)))["registers"] == 14
+
+
+def test_parse_kernels_wants_the_code_of_each_kernel() -> None:
+    with pytest.raises(ValueError, match=r"Q4_0 gfx1100: .*got none of \['matmul_f16_16'\]"):
+        rocm_check.parse_kernels("Q4_0", "gfx1100", REMARKS, MATVEC_GFX1100)
+    with pytest.raises(ValueError, match="got none of any kernel"):
+        rocm_check.parse_kernels("Q4_0", "gfx1100", "", MATVEC_GFX1100)
+
+
+def test_agprs_count_where_registers_are_shared() -> None:
+    assert kernel("matvec_f16_1", "gfx90a", vgprs=100, agprs=40).registers == 140
+    assert kernel("matvec_f16_1", "gfx908", vgprs=100, agprs=40).registers == 100
+
+
+PLANTED = [
+    ("dequantize", "gfx1201", {"vgpr_spills": 1}),
+    ("pack", "gfx906", {"sgpr_spills": 1}),
+    ("embedding", "gfx950", {"scratch": 4}),
+    ("matvec_f32_1", "gfx1030", {"load_16": 0}),
+    ("matmul_bf16_64", "gfx90a", {"load_16": 0}),
+    ("matvec_int8_1", "gfx908", {"flat": 2}),
+    ("matvec_bf16_8", "gfx1100", {"vgprs": 129}),
+    ("matvec_f32_8", "gfx942", {"vgprs": 100, "agprs": 29}),
+    ("matvec_f32_8", "gfx90a", {"occupancy": 3}),
+    ("matvec_f32_8", "gfx906", {"occupancy": 1}),
+    ("matvec_f16_4", "gfx1151", {"dot2_f16": 0}),
+    ("matvec_int8_8", "gfx1200", {"dot4": 0}),
+    ("matmul_f16_16", "gfx908", {"mfma": 0}),
+    ("matmul_bf16_64", "gfx950", {"mfma": 0}),
+    ("matmul_f16_64", "gfx1102", {"wmma": 0}),
+    ("matmul_bf16_16", "gfx1201", {"wmma": 0}),
+    ("matmul_f16_16", "gfx906", {"dot2_f16": 0}),
+    ("matmul_f16_64", "gfx1030", {"dot2_f16": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "arch", "fault"), PLANTED)
+def test_planted_violation(name: str, arch: str, fault: dict[str, int]) -> None:
+    assert rocm_check.violations(kernel(name, arch)) == []
+    (text,) = rocm_check.violations(kernel(name, arch, **fault))
+    assert text.startswith(f"Q4_0 {name} {arch}: ")
+    assert "got" in text
+
+
+def test_every_rule_has_a_planted_violation() -> None:
+    for rule in rocm_check.RULES:
+        names = {rule.figure, "vgprs"} if rule.figure == "registers" else {rule.figure}
+        assert any(rule.covers(name, arch) and names & set(fault) for name, arch, fault in PLANTED)
+
+
+def test_rules_are_for_the_kernels_they_name() -> None:
+    assert rocm_check.violations(kernel("transposed_f16", load_16=0, dot2_f16=0, vgprs=200)) == []
+    assert rocm_check.violations(kernel("matmul_f16_16", "gfx1100", mfma=0, dot2_f16=0)) == []
+    assert rocm_check.violations(kernel("matmul_bf16_16", "gfx906", dot2_f16=0)) == []
+
+
+def test_idle_rules() -> None:
+    rules = [Rule("matvec_*", ("gfx9*",), "scratch"), Rule("matmul_*", ("gfx12*",), "scratch")]
+    kernels = [kernel("matvec_f16_1", "gfx906")]
+    assert rocm_check.idle_rules(kernels, ["gfx906"], rules) == []
+    assert rocm_check.idle_rules(kernels, ["gfx906", "gfx1200"], rules) == [rules[1]]
+    assert rocm_check.idle_rules([kernel("matvec_f16_1", "gfx1200")], ["gfx906"], rules) == [
+        rules[0]
+    ]
+
+
+def test_every_default_architecture_has_a_matrix_or_dot_rule() -> None:
+    """A new architecture must be put into one of the groups that the rules go by."""
+    for arch in rocm_check.ARCHS:
+        figures = {rule.figure for rule in rocm_check.RULES if rule.covers("matmul_f16_16", arch)}
+        assert len(figures & {"mfma", "wmma", "dot2_f16"}) == 1, arch
+
+
+def test_table_shows_the_worst_format() -> None:
+    good = kernel("matvec_f16_1", vgprs=20, occupancy=16, load_16=9)
+    bad = dataclasses.replace(kernel("matvec_f16_1", vgprs=99, occupancy=4, load_16=2), unit="Q6_K")
+    header, line = rocm_check.table([good, bad], verbose=False)
+    columns = dict(zip(header.split(), line.split(), strict=False))
+    assert (columns["VGPR"], columns["waves"], columns["16-byte"]) == ("99", "4", "2")
+    assert len(rocm_check.table([good, bad], verbose=True)) == 3
+
+
+def test_formats_come_from_the_registry() -> None:
+    names = rocm_check.format_names()
+    assert {"Q4_0", "Q6_K", "Q4_0_F32"} <= set(names)
+    assert "X" not in names
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        rocm_check.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--arch" in capsys.readouterr().out
+
+
+class FakeToolchain:
+    """Has matvec_f16_1 of any source for any architecture, without 16-byte loads for Q6_K."""
+
+    def version(self) -> str:
+        return "planted"
+
+    def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
+        if unit == "Q5_K":
+            raise rocm_check.CompileError("hipcc\nerror: planted")
+        return [kernel("matvec_f16_1", arch, load_16=int(unit != "Q6_K"))]
+
+
+@pytest.mark.parametrize(
+    ("formats", "status", "words"),
+    [
+        (["Q4_0", "Q4_1"], 0, "2 kernels, 0 violations, 0 errors"),
+        (["Q4_0", "Q6_K"], 1, "VIOLATION Q4_0 matvec_f16_1 gfx906: load_16"),
+        (["Q5_K"], 2, "ERROR Q5_K gfx906: hipcc\nerror: planted"),
+    ],
+)
+def test_exit_status(monkeypatch, capsys, tmp_path, formats, status, words) -> None:
+    monkeypatch.setattr(rocm_check, "Toolchain", lambda root: FakeToolchain())
+    report = tmp_path / "report.json"
+    arguments = ["--format", *formats, "--arch", "gfx906", "--json", str(report)]
+    assert rocm_check.main(arguments) == status
+    assert words in capsys.readouterr().out
+    assert len(json.loads(report.read_text())) == len(set(formats) - {"Q5_K"})
+
+
+def test_a_rule_without_kernels_is_an_error(monkeypatch, capsys) -> None:
+    class OneKernel(FakeToolchain):
+        def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
+            return [kernel("matvec_f16_1", arch)]
+
+    monkeypatch.setattr(rocm_check, "Toolchain", lambda root: OneKernel())
+    assert rocm_check.main(["--arch", "gfx942"]) == 2
+    assert "ERROR no kernel is covered by Rule(kernels='matmul_f16_*'" in capsys.readouterr().out
