@@ -479,7 +479,8 @@ TORCH_Q4_MMA(Float16, "f16")
 TORCH_Q4_MMA(BFloat16, "bf16")
 #undef TORCH_Q4_MMA
 
-#elif defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) || defined(__gfx950__)
+#elif defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx942__) || defined(__gfx950__) || \
+    defined(__gfx9_4_generic__)
 
 // v_mfma_f32_16x16x16: AMD's CDNA ISA documents ("Matrix Arithmetic Instructions") give, for one
 // block of 16x16, A[lane % 16][4 (lane / 16) + i] and B[4 (lane / 16) + i][lane % 16] in the four

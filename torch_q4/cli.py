@@ -549,8 +549,11 @@ def _devices() -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        architecture = getattr(properties, "gcnArchName", "").split(":")[0] or (
-            f"sm_{properties.major}{properties.minor}"
+        # CUDA builds have gcnArchName, too, and the device's name in it.
+        architecture = (
+            properties.gcnArchName.split(":")[0]
+            if torch.version.hip
+            else f"sm_{properties.major}{properties.minor}"
         )
         devices.append(
             {
