@@ -243,7 +243,8 @@ def linear(
         fmt: the format, by name or ggml type.
         bias: ``(N,)`` in the dtype of ``x``.
         compute: ``"exact"`` multiplies activations and dequantised weights as they are and sums in
-            float32. ``"int8"`` first rounds each 32 activations to int8 with a float32 scale,
+            float32; on a GPU weights are computed in the dtype of ``x`` where that is 16 bits wide.
+            ``"int8"`` first rounds each 32 activations to int8 with a float32 scale,
             which is faster (llama.cpp's arithmetic; relative squared error at most 1e-4 for
             normally distributed activations).
         packed: the blocks come from :func:`pack`, which is faster to read.
