@@ -6,6 +6,10 @@ No GPU is needed, only HIP's compiler: that of a root made by ``ci/hip_root.sh``
 
 What every kernel must fulfil is the table ``RULES`` below. Violations are listed in full and make
 the exit status 1; a compilation that fails, or a rule that met no kernel, makes it 2.
+
+It also counts the instructions that a product spends on a weight, and sets beside them how many a
+device can issue while the weight's bytes arrive (``DEVICES``, ``budget``). A kernel over its budget
+is listed, and is no violation: it is bound by instructions and not by memory.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -116,6 +121,88 @@ HINTS = ("s_delay_alu", "s_clause")
 DOT_PRODUCTS = {"dot2_f16": 2, "dot2_bf16": 2, "dot4": 4}
 MATRIX_LANES = {"mfma": 64, "wmma": 32}
 
+# What an instruction of a loop is counted as, the first that matches; the rest is scalar.
+KINDS = {
+    "matrix": rf"{COUNTED['mfma']}|{COUNTED['wmma']}",
+    "dot": "|".join(COUNTED[key] for key in DOT_PRODUCTS),
+    "vector": r"v_",
+    "memory": r"(global|flat|buffer|scratch|ds)_",
+    "scalar": r"",
+}
+
+# Bytes that a lane gets from one load of global memory: the first whose pattern is in its name.
+LOAD = r"(global|flat|buffer)_load_"
+LOAD_BYTES = {
+    16: r"dwordx4|b128",
+    12: r"dwordx3|b96",
+    8: r"dwordx2|b64",
+    4: r"dword|b32",
+    2: r"short|[biu]16",
+    1: r"byte|[biu]8",
+}
+
+# Elements that one lane of matvec.h reads in a turn, by those of a block (part_elems, arguments.h).
+PART_ELEMS = {32: 32, 256: 64}
+
+# ---- what a device can do ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device whose budget is counted. The figures are those of the vendor's data sheet.
+
+    Attributes:
+        units: compute units.
+        clock: the highest, in Hz.
+        bandwidth: of memory, in bytes a second.
+        matrix_products: products of float16 that a compute unit's matrix instructions do in a
+            clock: the peak rate / (2 x units x clock).
+        matrix_unit: whether these have a unit of their own. Without one they keep the vector lanes
+            busy for as long as they take.
+    """
+
+    name: str
+    arch: str
+    units: int
+    clock: float
+    bandwidth: float
+    matrix_products: int
+    matrix_unit: bool
+
+
+DEVICES = (
+    Device("MI300X", "gfx942", 304, 2.1e9, 5.3e12, matrix_products=1024, matrix_unit=True),
+    Device("7900 XTX", "gfx1100", 96, 2.5e9, 0.96e12, matrix_products=256, matrix_unit=False),
+    Device("Strix Halo", "gfx1151", 40, 2.9e9, 0.256e12, matrix_products=256, matrix_unit=False),
+)
+
+# Lanes whose vector instruction a compute unit begins in a clock: CDNA has 4 SIMDs of 16 lanes,
+# RDNA3 2 of 32. RDNA3's dual instructions are one instruction here as they are in the counts, and
+# CDNA's packed float32 arithmetic is not twice as many.
+VECTOR_LANES = 64
+
+
+def budget(device: Device, bytes_per_weight: float) -> float:
+    """Lane-instructions for each weight that the device can issue while its bytes arrive.
+
+    That is vector lanes per compute unit and clock x compute units x clock, over the weights that
+    arrive in a second, bandwidth / bytes per weight. A kernel that needs more for a weight is
+    slower than memory. One that needs less is not sure to be as quick: its waves must also hide
+    latency.
+    """
+    return VECTOR_LANES * device.units * device.clock / (device.bandwidth / bytes_per_weight)
+
+
+# Kernels of the Markdown table, and those that --mca asks llvm-mca about.
+TABLE_KERNELS = (
+    "matvec_f16_1", "matvec_f16_4", "matvec_int8_1", "matmul_f16_16", "matmul_f16_64",
+    "staged_f16_*",
+)  # fmt: skip
+MCA_KERNELS = ("matvec_f16_1", "matmul_f16_16")
+
+# Clocks in a cycle of LLVM's model: that of gfx9 counts an instruction's four turns as one.
+MCA_CLOCKS = {"gfx942": 4, "gfx1100": 1}
+
 # ---- what the compiler says ----------------------------------------------------------------------
 
 
@@ -146,11 +233,17 @@ class Loop:
         products: how many products of two numbers a lane of it does in one turn, on average over
             the wave; 0 where they are plain multiply-adds, which decoding has too.
         counts: occurrences of each of ``COUNTED``.
+        kinds: the instructions by ``KINDS``; hints are none.
+        loaded: bytes that a lane loads in one turn, activations among them.
+        body: the instructions' texts, without branches.
     """
 
     instructions: int
     products: int
     counts: dict[str, int]
+    kinds: dict[str, int]
+    loaded: int
+    body: tuple[str, ...] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,15 +274,49 @@ class Kernel:
     @property
     def columns(self) -> int | None:
         """Columns that a block multiplies with, the last part of the name."""
-        match = re.fullmatch(r"mat(?:vec|mul)_\w+_(\d+)", self.name)
+        match = re.fullmatch(r"\w+_(?:f32|f16|bf16|int8)_(\d+)", self.name)
         return int(match[1]) if match else None
+
+    @property
+    def weights(self) -> float | None:
+        """Weights that a lane takes in one turn of the hot loop, on average over the wave.
+
+        Lanes that hold the same weight share it: this is what the wave's bytes in memory hold.
+        """
+        if self.loop is None or self.columns is None:
+            return None
+        if self.loop.products:
+            return self.loop.products / self.columns
+        if self.name.startswith("matvec_") and self.unit in format_blocks():
+            return PART_ELEMS[format_blocks()[self.unit].elems]
+        return None
+
+    def per_weight(self, number: int) -> float | None:
+        """A figure of the hot loop, for each weight that a lane multiplies with all columns."""
+        return number / self.weights if self.weights else None
 
     @property
     def instructions_per_weight(self) -> float | None:
         """Instructions of the hot loop for each weight that a lane multiplies with all columns."""
-        if self.loop is None or self.columns is None or self.loop.products == 0:
+        return self.per_weight(self.loop.instructions) if self.loop else None
+
+    @property
+    def vector_per_weight(self) -> float | None:
+        """Those of them that take a turn of the vector lanes, but for matrix instructions."""
+        if self.loop is None:
             return None
-        return self.loop.instructions * self.columns / self.loop.products
+        return self.per_weight(self.loop.kinds["vector"] + self.loop.kinds["dot"])
+
+    @property
+    def loaded_per_weight(self) -> float | None:
+        """Bytes that the lanes load for each weight, of which most come from caches."""
+        return self.per_weight(self.loop.loaded) if self.loop else None
+
+    @property
+    def bytes_per_weight(self) -> float | None:
+        """Bytes of memory that the format has for a weight."""
+        block = format_blocks().get(self.unit)
+        return block.size / block.elems if block else None
 
     def figure(self, name: str) -> int:
         """A number by the name that rules give it."""
@@ -267,6 +394,31 @@ def count(instructions: Sequence[Instruction]) -> dict[str, int]:
     }
 
 
+def kind(instruction: Instruction) -> str:
+    """Which of ``KINDS`` the instruction is; a dual one, the first of those its halves are."""
+    names = instruction.operations()
+    return next(
+        kind for kind, pattern in KINDS.items() if any(re.match(pattern, name) for name in names)
+    )
+
+
+def kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
+    """How many instructions there are of each kind, hints left out."""
+    found = Counter(kind(each) for each in instructions if not each.text.startswith(HINTS))
+    return {kind: found[kind] for kind in KINDS}
+
+
+def loaded(instructions: Sequence[Instruction]) -> int:
+    """Bytes that a lane loads from global memory."""
+
+    def size(operation: str) -> int:
+        if not re.match(LOAD, operation):
+            return 0
+        return next(size for size, pattern in LOAD_BYTES.items() if re.search(pattern, operation))
+
+    return sum(number * size(name) for name, number in operations(instructions).items())
+
+
 def products(operation: str) -> int:
     """Products that a lane does in one dot or matrix instruction; of others 0."""
     for key, number in DOT_PRODUCTS.items():
@@ -293,9 +445,10 @@ def loops(instructions: Sequence[Instruction]) -> list[Sequence[Instruction]]:
 def hot_loop(instructions: Sequence[Instruction]) -> Loop | None:
     """The innermost loop with dot or matrix instructions.
 
-    A kernel that has none of those in a loop does its products in plain multiply-adds. Of several
-    loops, those of the packed and the canonical layout, the packed one's is meant: it has fewer
-    narrow loads. Between equals the larger one counts.
+    A kernel that has none of those in a loop does its products in plain multiply-adds. One that
+    unpacks in a loop of its own is counted without that loop. Of several loops, those of the packed
+    and the canonical layout, the packed one's is meant: it has fewer narrow loads. Between equals
+    the larger one counts.
     """
 
     def total(body: Sequence[Instruction], of: Callable[[str], int]) -> int:
@@ -310,7 +463,9 @@ def hot_loop(instructions: Sequence[Instruction]) -> Loop | None:
         innermost = [body for body in working if not any(inside(it, body) for it in working)]
         if innermost:
             body = max(innermost, key=lambda it: (-count(it)["load_narrow"], size(it)))
-            return Loop(size(body), total(body, products), count(body))
+            straight = (each.text for each in body if each.target is None)
+            return Loop(size(body), total(body, products), count(body), kinds(body), loaded(body),
+                        tuple(straight))  # fmt: skip
     return None
 
 
@@ -382,12 +537,133 @@ def idle_rules(
     ]
 
 
+# ---- the budget ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Spending:
+    """What a kernel spends on each weight on a device, and what the device has to spend.
+
+    Attributes:
+        instructions: all of the loop's.
+        vector: those that take a turn of the vector lanes, but for matrix instructions.
+        matrix: turns of the vector lanes that pass while a weight's matrix instructions run.
+        budget: turns that pass while the weight's bytes arrive.
+        matrix_unit: whether the matrix instructions run beside the vector lanes.
+    """
+
+    instructions: float
+    vector: float
+    matrix: float
+    budget: float
+    matrix_unit: bool
+
+    @property
+    def busy(self) -> float:
+        """Turns of the vector lanes or of the matrix unit, whichever is longer busy."""
+        if self.matrix_unit:
+            return max(self.vector, self.matrix)
+        return self.vector + self.matrix
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether there are more instructions than turns."""
+        return self.instructions > self.budget
+
+    @property
+    def surely_exceeds(self) -> bool:
+        """Whether that is so though memory and scalar instructions are issued beside the others."""
+        return self.busy > self.budget
+
+
+def device_of(arch: str) -> Device | None:
+    """The device of ``DEVICES`` that the architecture stands for."""
+    return next((device for device in DEVICES if device.arch == arch), None)
+
+
+def spending(kernel: Kernel) -> Spending | None:
+    """What the kernel spends, where its architecture has a device and its weights are known."""
+    device = device_of(kernel.arch)
+    total, vector = kernel.instructions_per_weight, kernel.vector_per_weight
+    if device is None or total is None or vector is None or kernel.bytes_per_weight is None:
+        return None
+    assert kernel.loop is not None
+    has_matrix = kernel.loop.kinds["matrix"] > 0
+    # Of a weight's products with all columns the unit does so many in one turn of the lanes.
+    matrix = (kernel.columns or 0) * VECTOR_LANES / device.matrix_products if has_matrix else 0
+    return Spending(
+        total, vector, matrix, budget(device, kernel.bytes_per_weight), device.matrix_unit
+    )
+
+
+OVER_BUDGET = """\
+Over the budget, which is no violation. By weight: instructions / turns of the busiest unit, of the
+budget; ! where already the turns exceed it."""
+
+
+def over_budget(kernels: Iterable[Kernel]) -> list[str]:
+    """A line for each kernel and device with formats over the budget, the surest first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for kernel in kernels:
+        spent, device = spending(kernel), device_of(kernel.arch)
+        if spent is None or device is None or not spent.exceeds | spent.surely_exceeds:
+            continue
+        mark = "!" if spent.surely_exceeds else ""
+        text = f"{kernel.unit.lower()}{mark} {spent.instructions:.1f}/{spent.busy:.1f} of "
+        text += f"{spent.budget:.1f}"
+        groups.setdefault((device.name, kernel.name), []).append(text)
+    return [
+        f"{device:10} {name:15} {', '.join(sorted(texts))}"
+        for (device, name), texts in sorted(groups.items(), key=lambda it: natural_parts(it[0]))
+    ]
+
+
+def natural_parts(names: Iterable[str]) -> list[list[tuple[int, str]]]:
+    """A key that sorts numbers in names by their values."""
+    return [[natural(part) for part in re.findall(r"\d+|\D+", name)] for name in names]
+
+
+def cell(kernel: Kernel | None) -> str:
+    """A kernel's field in the Markdown table."""
+    spent = spending(kernel) if kernel else None
+    if kernel is None or spent is None:
+        return "-"
+    matrix = f" + {spent.matrix:.0f}" if spent.matrix else ""
+    mark = "**" if spent.surely_exceeds else "_" if spent.exceeds else ""
+    return f"{mark}{spent.instructions:.1f}{mark} ({spent.vector:.1f}{matrix}) {kernel.occupancy}w"
+
+
+def markdown(kernels: Iterable[Kernel]) -> str:
+    """The tables of ``TABLE_KERNELS``, one for each device that was compiled for."""
+    found = {(each.arch, each.unit, each.name): each for each in kernels}
+    names = sorted({name for *_, name in found}, key=lambda name: natural_parts([name]))
+    columns = [name for pattern in TABLE_KERNELS for name in fnmatch.filter(names, pattern)]
+    tables = []
+    for device in DEVICES:
+        lines = [
+            f"| {device.name} | budget | {' | '.join(columns)} |",
+            "|---|---|" + "---|" * len(columns),
+        ]
+        for unit, block in format_blocks().items():
+            cells = [cell(found.get((device.arch, unit, name))) for name in columns]
+            if any(text != "-" for text in cells):
+                limit = budget(device, block.size / block.elems)
+                lines.append(f"| {unit.lower()} | {limit:.1f} | {' | '.join(cells)} |")
+        if len(lines) > 2:
+            tables.append("\n".join(lines) + "\n")
+    return "\n".join(tables)
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 HEADER = (
     f"{'kernel':24} {'arch':8} {'VGPR':>4} {'AGPR':>4} {'SGPR':>4} {'LDS':>6} {'waves':>5} "
-    f"{'16-byte':>7} {'instructions':>24} {'loop':>5} {'a weight':>8}"
+    f"{'16-byte':>7} {'instructions':>24} {'loop':>5} {'a weight':>8} {'& column':>8} "
+    f"{'vector':>6} {'dot':>6} {'matrix':>6} {'memory':>6} {'bytes':>6} {'budget':>6}"
 )
+LEGEND = """\
+loop: instructions in a turn of the inner loop. By weight: all of them, those divided by columns,
+the vector, dot, matrix and memory ones, bytes loaded (also of x), what the device can issue."""
 
 
 def row(label: str, kernels: Sequence[Kernel]) -> str:
@@ -397,16 +673,33 @@ def row(label: str, kernels: Sequence[Kernel]) -> str:
     lowest = {kind: min(kernel.counts[kind] for kernel in kernels) for kind in kinds}
     found = " ".join(f"{kind}:{number}" for kind, number in lowest.items() if number)
     sizes = [kernel.loop.instructions for kernel in kernels if kernel.loop]
-    weights = [each for kernel in kernels if (each := kernel.instructions_per_weight)]
 
     def most(figure: str) -> int:
         return max(kernel.figure(figure) for kernel in kernels)
+
+    def each(figure: Callable[[Kernel], float | None], pick: Callable[..., float] = max) -> str:
+        values = [value for kernel in kernels if (value := figure(kernel)) is not None]
+        return f"{pick(values):.2f}" if values else "-"
+
+    def of_kind(kind: str) -> str:
+        return each(lambda it: it.per_weight(it.loop.kinds[kind]) if it.loop else None)
+
+    def a_column(kernel: Kernel) -> float | None:
+        whole = kernel.instructions_per_weight
+        return whole / kernel.columns if whole and kernel.columns else None
+
+    def limit(kernel: Kernel) -> float | None:
+        spent = spending(kernel)
+        return spent.budget if spent else None
 
     return (
         f"{label:24} {first.arch:8} {most('vgprs'):4} {most('agprs'):4} {most('sgprs'):4} "
         f"{most('lds'):6} {min(kernel.occupancy for kernel in kernels):5} "
         f"{min(kernel.counts['load_16'] for kernel in kernels):7} {found or '-':>24} "
-        f"{max(sizes) if sizes else '-':>5} {f'{max(weights):.2f}' if weights else '-':>8}"
+        f"{max(sizes) if sizes else '-':>5} {each(lambda it: it.instructions_per_weight):>8} "
+        f"{each(a_column):>8} {of_kind('vector'):>6} {of_kind('dot'):>6} "
+        f"{of_kind('matrix'):>6} {of_kind('memory'):>6} "
+        f"{each(lambda it: it.loaded_per_weight):>6} {each(limit, min):>6}"
     )
 
 
@@ -427,11 +720,17 @@ def natural(arch: str) -> tuple[int, str]:
 
 def as_json(kernel: Kernel) -> dict[str, object]:
     """A kernel's figures, the derived ones too."""
+    spent = spending(kernel)
     derived = {
         "registers": kernel.registers,
+        "weights": kernel.weights,
         "instructions_per_weight": kernel.instructions_per_weight,
+        "budget": spent.budget if spent else None,
     }
-    return dataclasses.asdict(kernel) | derived
+    figures = dataclasses.asdict(kernel) | derived
+    if kernel.loop:
+        del figures["loop"]["body"]
+    return figures
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -445,6 +744,28 @@ def format_names() -> list[str]:
     if not names:
         raise SystemExit("rocm_check: kernels/formats/registry.h must define TORCH_Q4_FORMATS")
     return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A format's block: its bytes and elements."""
+
+    size: int
+    elems: int
+
+
+@functools.cache
+def format_blocks() -> dict[str, Block]:
+    """Each format's block, as its header has it."""
+    blocks = {}
+    for name in format_names():
+        text = (KERNELS / "formats" / f"{name.lower()}.h").read_text()
+        size = re.search(r"static_assert\(sizeof\(Block\) == (\d+)\)", text)
+        elems = re.search(r"\bkBlockElems = (\d+);", text)
+        if size is None or elems is None:
+            raise SystemExit(f"rocm_check: {name.lower()}.h must have Block's size and kBlockElems")
+        blocks[name] = Block(int(size[1]), int(elems[1]))
+    return blocks
 
 
 class CompileError(RuntimeError):
@@ -484,6 +805,49 @@ class Toolchain:
         disassembly = self.run("llvm-objdump", "--disassemble", str(code_object)).stdout
         code_object.unlink()
         return parse_kernels(unit, arch, remarks, disassembly)
+
+    def cycles(self, arch: str, body: Sequence[str], directory: Path) -> float:
+        """Cycles that llvm-mca's model of a wave alone takes for one turn of a loop."""
+        source = directory / "body.s"
+        source.write_text("\n".join(body) + "\n")
+        return parse_cycles(self.run(
+            "llvm-mca", "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-iterations=100",
+            "-instruction-info=0", "-resource-pressure=0", str(source),
+        ).stdout)  # fmt: skip
+
+
+def parse_cycles(text: str) -> float:
+    """Cycles of one iteration in llvm-mca's output."""
+    found = {key: re.search(rf"{key}: +(\d+)", text) for key in ("Iterations", "Total Cycles")}
+    iterations, cycles = (int(match[1]) if match else 0 for match in found.values())
+    if not iterations or not cycles:
+        raise CompileError(f"llvm-mca: must state iterations and cycles, got {text[:200]!r}")
+    return cycles / iterations
+
+
+def modelled(toolchain: Toolchain, kernels: Iterable[Kernel]) -> list[str]:
+    """A line for each of ``MCA_KERNELS`` on the architectures of ``MCA_CLOCKS``.
+
+    The model lets a wave wait 320 clocks for each load, as if it came from a cache, and knows
+    nothing of other waves: the clocks over those of issuing say how many waves hide the waiting.
+    """
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        for kernel in sorted(kernels, key=lambda it: (it.name, natural(it.arch), it.unit)):
+            clocks = MCA_CLOCKS.get(kernel.arch)
+            if kernel.loop is None or kernel.name not in MCA_KERNELS or clocks is None:
+                continue
+            if kernel.loop.counts["wmma"]:
+                # It begins one a clock; the data sheet's peak rate says one in 32.
+                outcome = "not modelled: LLVM takes v_wmma for an ordinary instruction"
+            else:
+                cycles = toolchain.cycles(kernel.arch, kernel.loop.body, Path(name))
+                outcome = (
+                    f"{cycles * clocks:5.0f} clocks a turn, {kernel.loop.instructions * clocks:4} "
+                    f"of them issuing, {kernel.weights:g} weights a lane"
+                )
+            lines.append(f"{kernel.name:15} {kernel.arch:8} {kernel.unit.lower():8} {outcome}")
+    return lines
 
 
 def compile_all(
@@ -537,6 +901,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         metavar="DIR", help="a root made by ci/hip_root.sh (default: $HIP_ROOT, "
                         "else hipcc and llvm-objdump must be on the PATH)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
+    parser.add_argument("--table", type=Path, metavar="FILE",
+                        help="write instructions per weight, in Markdown, to FILE")  # fmt: skip
+    parser.add_argument("--mca", action="store_true",
+                        help="print what llvm-mca says of some inner loops")  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true",
                         help="a line for each format, not the worst of all")  # fmt: skip
     return parser.parse_args(arguments)
@@ -553,8 +921,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(table(kernels, options.verbose)))
     if not options.verbose:
         print("Of several formats each column shows the worst.")
+    print(LEGEND)
     if options.json:
         options.json.write_text(json.dumps([as_json(kernel) for kernel in kernels], indent=1))
+    if options.table:
+        options.table.write_text(markdown(kernels))
+    if options.mca:
+        print("", "llvm-mca, of one wave alone:", *modelled(toolchain, kernels), sep="\n")
+    if over := over_budget(kernels):
+        print("", OVER_BUDGET, *over, "", sep="\n")
 
     found = [text for kernel in kernels for text in violations(kernel)]
     # A selection need not have every kind of kernel.

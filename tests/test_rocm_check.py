@@ -178,6 +178,21 @@ def test_instructions_per_weight() -> None:
     assert json.loads(json.dumps(rocm_check.as_json(matvec)))["registers"] == 14
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("matvec_f16_1", 1),
+        ("matvec_int8_8", 8),
+        ("staged_bf16_128", 128),
+        ("matmul_f16_wide", None),
+        ("transposed_f16", None),
+        ("x86_64", None),
+    ],
+)
+def test_columns(name: str, columns: int | None) -> None:
+    assert kernel(name).columns == columns
+
+
 def test_parse_kernels_wants_the_code_of_each_kernel() -> None:
     with pytest.raises(ValueError, match=r"Q4_0 gfx1100: .*got none of \['matmul_f16_16'\]"):
         rocm_check.parse_kernels("Q4_0", "gfx1100", REMARKS, MATVEC_GFX1100)
@@ -249,6 +264,235 @@ def test_every_default_architecture_has_a_matrix_or_dot_rule() -> None:
         assert len(figures & {"mfma", "wmma", "dot2_f16"}) == 1, arch
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("v_mfma_f32_16x16x16_f16 v[2:5], v[16:17]", "matrix"),
+        ("v_wmma_f32_16x16x16_f16 v[1:8], v[22:29]", "matrix"),
+        ("v_dual_mov_b32 v1, 0 :: v_dual_dot2acc_f32_f16 v7, v10, v12", "dot"),
+        ("v_dot4_i32_iu8 v1, v2, v3, v1", "dot"),
+        ("v_dual_mov_b32 v1, 0 :: v_dual_mov_b32 v8, v0", "vector"),
+        ("v_cvt_f32_ubyte0_e32 v1, v2", "vector"),
+        ("global_load_b128 v[9:12], v[2:3], off", "memory"),
+        ("ds_read_b128 v[1:4], v5", "memory"),
+        ("s_waitcnt vmcnt(0)", "scalar"),
+        ("s_load_dwordx2 s[0:1], s[2:3], 0x0", "scalar"),
+    ],
+)
+def test_kind(text: str, kind: str) -> None:
+    assert rocm_check.kind(rocm_check.Instruction(0, text)) == kind
+
+
+def test_kinds_of_a_loop_add_up_to_its_instructions() -> None:
+    code = rocm_check.parse_disassembly(MATVEC_GFX1100 + MATMUL_GFX942)
+    matvec = rocm_check.hot_loop(code["matvec_f16_1"])
+    assert matvec.kinds == {"matrix": 0, "dot": 1, "vector": 0, "memory": 2, "scalar": 3}
+    assert sum(matvec.kinds.values()) == matvec.instructions
+    assert matvec.loaded == 16 + 8
+    assert matvec.body[0] == "s_clause 0x1"
+    assert not any(text.startswith("s_cbranch") for text in matvec.body)
+    assert "body" not in rocm_check.as_json(kernel("matvec_f16_1", loop=matvec))["loop"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "loaded"),
+    [
+        ("global_load_dwordx4", 16),
+        ("global_load_b128", 16),
+        ("global_load_dwordx3", 12),
+        ("buffer_load_dwordx2", 8),
+        ("global_load_dword", 4),
+        ("flat_load_b32", 4),
+        ("global_load_ushort", 2),
+        ("global_load_d16_hi_b16", 2),
+        ("global_load_short_d16_hi", 2),
+        ("global_load_u8", 1),
+        ("global_load_sbyte", 1),
+        ("global_store_dwordx4", 0),
+        ("ds_read_b128", 0),
+        ("s_load_dwordx4", 0),
+    ],
+)
+def test_loaded(operation: str, loaded: int) -> None:
+    assert rocm_check.loaded([rocm_check.Instruction(0, f"{operation} v1, v2")] * 3) == 3 * loaded
+
+
+def test_format_blocks() -> None:
+    blocks = rocm_check.format_blocks()
+    assert list(blocks) == rocm_check.format_names()
+    assert dataclasses.astuple(blocks["Q4_0"]) == (18, 32)
+    assert dataclasses.astuple(blocks["Q2_K"]) == (84, 256)
+    assert dataclasses.astuple(blocks["Q6_K"]) == (210, 256)
+    assert {block.elems for block in blocks.values()} == set(rocm_check.PART_ELEMS)
+
+
+def test_budget() -> None:
+    """64 lanes x 10 units x 2 a second; 40 bytes a second are 80 weights of half a byte."""
+    device = rocm_check.Device("toy", "gfx0", 10, 2.0, 40.0, 256, True)
+    assert rocm_check.budget(device, 0.5) == 64 * 10 * 2 / 80
+    assert rocm_check.budget(device, 1.0) == 2 * rocm_check.budget(device, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "lanes", "peak"), [("gfx942", 4.34, 1307.4e12), ("gfx1100", 9.0, 122.8e12),
+                                ("gfx1151", 16.3, 59.4e12)]
+)  # fmt: skip
+def test_devices(arch: str, lanes: float, peak: float) -> None:
+    """The budgets of q4_0, and the peak rates of float16 that the data sheets name."""
+    device = rocm_check.device_of(arch)
+    assert rocm_check.budget(device, 18 / 32) == pytest.approx(lanes, rel=0.005)
+    products = device.matrix_products * device.units * device.clock
+    assert 2 * products == pytest.approx(peak, rel=0.005)
+
+
+def loop(products: int, **kinds: int) -> object:
+    """A loop of so many instructions of each kind."""
+    every = dict.fromkeys(rocm_check.KINDS, 0) | kinds
+    counts = dict.fromkeys(rocm_check.COUNTED, 0)
+    return rocm_check.Loop(sum(every.values()), products, counts, every, 0, ())
+
+
+def test_weights() -> None:
+    turn = loop(256, vector=10)
+    assert kernel("matmul_f16_16", loop=turn).weights == 16
+    assert kernel("matvec_f16_2", loop=turn).weights == 128
+    assert kernel("element_f16", loop=turn).weights is None
+    assert kernel("matvec_f16_1").weights is None
+    # Plain multiply-adds: a part of the block, which only matvec is known to take.
+    assert kernel("matvec_f32_8", loop=loop(0, vector=10)).weights == 32
+    assert kernel("matvec_f32_8", unit="Q6_K", loop=loop(0, vector=10)).weights == 64
+    assert kernel("matvec_f32_8", unit="common", loop=loop(0, vector=10)).weights is None
+    assert kernel("matmul_bf16_16", loop=loop(0, vector=10)).weights is None
+
+
+def test_spending() -> None:
+    """Of 16 weights with 16 columns: a matrix unit is busy by itself, or the vector lanes are."""
+    turn = loop(256, vector=32, dot=16, matrix=2, memory=6, scalar=8)
+    beside = rocm_check.spending(kernel("matmul_f16_16", "gfx942", loop=turn))
+    assert (beside.instructions, beside.vector, beside.matrix, beside.busy) == (4, 3, 1, 3)
+    assert beside.budget == pytest.approx(4.34, rel=0.005)
+    within = rocm_check.spending(kernel("matmul_f16_16", "gfx1100", loop=turn))
+    assert (within.instructions, within.matrix, within.busy) == (4, 4, 7)
+    no_matrix = loop(256, vector=32)
+    assert rocm_check.spending(kernel("matmul_f16_16", "gfx942", loop=no_matrix)).matrix == 0
+    assert rocm_check.spending(kernel("matmul_f16_16", "gfx906", loop=turn)) is None
+    assert rocm_check.spending(kernel("matmul_f16_16", "gfx942")) is None
+    assert rocm_check.spending(kernel("element_f16", "gfx942", loop=turn)) is None
+
+
+def test_exceeds() -> None:
+    """The budget of q4_0 on MI300X is 4.3 a weight."""
+    less = rocm_check.spending(kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=120)))
+    assert (less.exceeds, less.surely_exceeds) == (False, False)
+    some = rocm_check.spending(
+        kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=120, scalar=40))
+    )
+    assert (some.exceeds, some.surely_exceeds) == (True, False)
+    more = rocm_check.spending(kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=160)))
+    assert (more.exceeds, more.surely_exceeds) == (True, True)
+    # 64 columns: few instructions, but each keeps the matrix unit busy.
+    matrix = rocm_check.spending(kernel("matmul_f16_64", "gfx1100", loop=loop(1024, matrix=8)))
+    assert (matrix.exceeds, matrix.surely_exceeds) == (False, True)
+
+
+def test_over_budget() -> None:
+    within, over = loop(32, vector=120), loop(32, vector=160)
+    assert rocm_check.over_budget([kernel("matvec_f16_1", "gfx942", loop=within)]) == []
+    lines = rocm_check.over_budget([
+        kernel("matvec_f16_8", "gfx942", loop=loop(32 * 8, vector=160)),
+        kernel("matvec_f16_1", "gfx942", unit="Q8_0", loop=within),
+        kernel("matvec_f16_1", "gfx942", unit="Q4_1", loop=over),
+        kernel("matvec_f16_1", "gfx942", loop=over),
+        kernel("matvec_f16_1", "gfx906", loop=over),
+        kernel("matvec_f16_16", "gfx942", loop=loop(32 * 16, vector=120, scalar=40)),
+        kernel("matmul_f16_64", "gfx1100", loop=loop(1024, vector=16, matrix=8)),
+    ])  # fmt: skip
+    assert [line.split(None, 1)[1] for line in lines] == [
+        "matvec_f16_1    q4_0! 5.0/5.0 of 4.3, q4_1! 5.0/5.0 of 4.8",
+        "matvec_f16_8    q4_0! 5.0/5.0 of 4.3",
+        "matvec_f16_16   q4_0 5.0/3.8 of 4.3",
+        "XTX   matmul_f16_64   q4_0! 1.5/17.0 of 9.0",
+    ]
+
+
+def test_markdown() -> None:
+    kernels = [
+        kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=64, dot=16, scalar=16)),
+        kernel("matvec_f16_4", "gfx942", loop=loop(128, vector=120, scalar=40)),
+        kernel("matvec_f16_1", "gfx942", unit="Q6_K", loop=loop(64, vector=640)),
+        kernel("staged_f16_32", "gfx942", loop=loop(1024, vector=64, matrix=8)),
+        kernel("staged_f16_16", "gfx942"),
+        kernel("matvec_f16_1", "gfx1151", occupancy=16, loop=loop(32, vector=64)),
+        kernel("matvec_f16_1", "gfx906", loop=loop(32, vector=64)),
+        kernel("element_f16", "gfx942", loop=loop(32, vector=64)),
+    ]
+    mi300x, strix = rocm_check.markdown(kernels).split("\n\n")
+    assert mi300x.splitlines() == [
+        "| MI300X | budget | matvec_f16_1 | matvec_f16_4 | staged_f16_16 | staged_f16_32 |",
+        "|---|---|---|---|---|---|",
+        "| q4_0 | 4.3 | 3.0 (2.5) 8w | _5.0_ (3.8) 8w | - | 2.2 (2.0 + 2) 8w |",
+        "| q6_k | 6.3 | **10.0** (10.0) 8w | - | - | - |",
+    ]
+    assert strix.splitlines()[2:] == ["| q4_0 | 16.3 | 2.0 (2.0) 16w | - | - | - |"]
+    assert rocm_check.markdown([]) == ""
+
+
+MCA = """\
+Iterations:        100
+Instructions:      9700
+Total Cycles:      16501
+Total uOps:        9700
+"""
+
+
+def test_cycles() -> None:
+    assert rocm_check.parse_cycles(MCA) == 165.01
+    with pytest.raises(rocm_check.CompileError, match="must state iterations"):
+        rocm_check.parse_cycles(MCA.replace("Total Cycles", "Cycles"))
+
+
+def test_modelled() -> None:
+    class Model:
+        def cycles(self, arch: str, body: list[str], directory: Path) -> float:
+            assert directory.is_dir()
+            return 100 if arch == "gfx942" else 300
+
+    turn = loop(32, vector=64)
+    wmma = dataclasses.replace(turn, counts=turn.counts | {"wmma": 2})
+    lines = rocm_check.modelled(Model(), [
+        kernel("matvec_f16_1", "gfx1100", loop=turn),
+        kernel("matvec_f16_1", "gfx942", loop=turn),
+        kernel("matmul_f16_16", "gfx1100", loop=wmma),
+        kernel("matvec_f16_1", "gfx906", loop=turn),
+        kernel("matvec_f16_2", "gfx942", loop=turn),
+        kernel("matmul_f16_16", "gfx942"),
+    ])  # fmt: skip
+    assert [" ".join(line.split()) for line in lines] == [
+        "matmul_f16_16 gfx1100 q4_0 not modelled: LLVM takes v_wmma for an ordinary instruction",
+        "matvec_f16_1 gfx942 q4_0 400 clocks a turn, 256 of them issuing, 32 weights a lane",
+        "matvec_f16_1 gfx1100 q4_0 300 clocks a turn, 64 of them issuing, 32 weights a lane",
+    ]
+
+
+def test_table_has_the_figures_by_weight() -> None:
+    turn = loop(128, vector=64, dot=32, memory=16, scalar=16)
+    turn = dataclasses.replace(turn, loaded=48)
+    quick = kernel("matvec_f16_4", "gfx942", loop=turn)
+    slow = kernel("matvec_f16_4", "gfx942", unit="Q8_0",
+                  loop=dataclasses.replace(turn, loaded=96))  # fmt: skip
+    header, *lines = rocm_check.table([quick, slow], verbose=True)
+    names = header.replace("a weight", "weight").replace("& column", "column").split()
+    values = [dict(zip(reversed(names), reversed(line.split()), strict=False)) for line in lines]
+    expected = {"loop": "128", "weight": "4.00", "column": "1.00", "vector": "2.00"}
+    expected |= {"dot": "1.00", "matrix": "0.00", "memory": "0.50", "bytes": "1.50"}
+    expected |= {"budget": "4.34"}
+    assert expected.items() <= values[0].items()
+    assert (values[1]["bytes"], values[1]["budget"]) == ("3.00", "8.19")
+    # Of several formats the most that is spent and the least that there is.
+    _, worst = rocm_check.table([quick, slow], verbose=False)
+    assert worst.split()[-2:] == ["3.00", "4.34"]
+
+
 def test_table_shows_the_worst_format() -> None:
     good = kernel("matvec_f16_1", vgprs=20, occupancy=16, load_16=9)
     bad = dataclasses.replace(kernel("matvec_f16_1", vgprs=99, occupancy=4, load_16=2), unit="Q6_K")
@@ -293,11 +537,28 @@ class FakeToolchain:
 )
 def test_exit_status(monkeypatch, capsys, tmp_path, formats, status, words) -> None:
     monkeypatch.setattr(rocm_check, "Toolchain", lambda root: FakeToolchain())
-    report = tmp_path / "report.json"
+    report, markdown = tmp_path / "report.json", tmp_path / "table.md"
     arguments = ["--format", *formats, "--arch", "gfx906", "--json", str(report)]
+    arguments += ["--table", str(markdown), "--mca"]
     assert rocm_check.main(arguments) == status
     assert words in capsys.readouterr().out
     assert len(json.loads(report.read_text())) == len(set(formats) - {"Q5_K"})
+    assert markdown.read_text() == ""  # gfx906 stands for none of the devices
+
+
+def test_a_kernel_over_the_budget_is_no_violation(monkeypatch, capsys, tmp_path) -> None:
+    class Spendthrift(FakeToolchain):
+        def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
+            return [kernel("matvec_f16_1", arch, loop=loop(32, vector=160))]
+
+    monkeypatch.setattr(rocm_check, "Toolchain", lambda root: Spendthrift())
+    markdown = tmp_path / "table.md"
+    arguments = ["--format", "Q4_0", "--arch", "gfx942", "--table", str(markdown)]
+    assert rocm_check.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "Over the budget" in out
+    assert "MI300X     matvec_f16_1    q4_0! 5.0/5.0 of 4.3" in out
+    assert "**5.0**" in markdown.read_text()
 
 
 def test_a_rule_without_kernels_is_an_error(monkeypatch, capsys) -> None:
