@@ -50,7 +50,14 @@ from gpu_report import COPY, DENSE, DEQUANTIZE, INT8, LINEAR, READ, Cell, Decodi
 from torch import Tensor
 
 import torch_q4
-from torch_q4 import formats
+from torch_q4 import _timing, formats
+from torch_q4._timing import (
+    Call,
+    GraphTimer,
+    calls_in_graph,
+    copies_to_fill,
+    time_in_turn,
+)
 from torch_q4.formats import Format
 
 ROOT = Path(__file__).parent.parent
@@ -60,39 +67,15 @@ SHAPES = ("14336x4096", "4096x14336", "4096x4096")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 SHORT_ROWS = (1, 4, 16, 64, 512)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "blas", INT8)
+KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "staged", "blas", INT8)
 # Relative error in norm: several times the rounding of inputs and outputs to the dtype.
 TOLERANCE = {"float16": 5e-3, "bfloat16": 2e-2, "float32": 1e-4}
 INT8_TOLERANCE = 2e-2
 
 TILE_ROWS = 64
-GRAPH_MICROSECONDS = 1000.0  # that a graph takes at least, so that starting it does not count
-LONG_MICROSECONDS = 5000.0  # a call that takes longer is timed once
-AHEAD_CYCLES = 500_000  # of the device's clock, while the host queues up a round
-CACHE_MULTIPLE = 4  # bytes of all copies over the last-level cache's
-# ROCm reports the L2 cache; behind it, at most 256 MB of Infinity Cache that nothing reports.
-HIP_COLD_BYTES = 2 * 256 << 20
-
-Call = Callable[[int], Any]  # its argument counts the calls, so that it can rotate weights
 
 
 # ---- what is decided without a device ------------------------------------------------------------
-
-
-def cold_bytes(l2_bytes: int, hip: bool) -> int:
-    """Memory that has to be read before a weight's copy is read again."""
-    return max(CACHE_MULTIPLE * l2_bytes, HIP_COLD_BYTES if hip else 0)
-
-
-def copies_to_fill(item_bytes: int, total_bytes: int) -> int:
-    """Copies of something that together have so many bytes, two at least."""
-    return max(2, -(-total_bytes // item_bytes))
-
-
-def calls_in_graph(copies: int, call_microseconds: float) -> int:
-    """Each copy as often as any other, and the graph long enough."""
-    cycle = copies * max(call_microseconds, 0.5)
-    return copies * max(1, -(-int(GRAPH_MICROSECONDS) // max(1, int(cycle))))
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -105,20 +88,22 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 def kernels_for(names: Sequence[str], dtype: str) -> list[str]:
     """Those that take activations of this dtype: matrix cores are for 16 bits."""
-    return [name for name in names if dtype != "float32" or not name.startswith("matmul")]
+    matrix = ("matmul", "staged")
+    return [name for name in names if dtype != "float32" or not name.startswith(matrix)]
 
 
 # ---- the device ----------------------------------------------------------------------------------
 
 
-class Gpu:
+class Gpu(GraphTimer):
     """torch's current GPU: captures calls in graphs, and times them.
 
     Everything runs on one stream of its own, since the default stream cannot be captured.
     """
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        torch.cuda.set_stream(torch.cuda.Stream())
+        super().__init__()
         properties = torch.cuda.get_device_properties(self.device)
         self.name: str = properties.name
         self.multiprocessors: int = properties.multi_processor_count
@@ -126,36 +111,6 @@ class Gpu:
         self.architecture: str = (
             properties.gcnArchName if self.hip else f"sm_{properties.major}{properties.minor}"
         )
-        self.cold_bytes = cold_bytes(properties.L2_cache_size, self.hip)
-        torch.cuda.set_stream(torch.cuda.Stream())
-        # All graphs share their memory, which lasts as long as one of them does.
-        self._pool = torch.cuda.graph_pool_handle()
-        something = torch.ones(1, device=self.device)
-        self._anchor = self.capture(lambda _: something.fill_(1), 1)
-
-    def capture(self, call: Call, count: int) -> Callable[[], None]:
-        """A graph of ``count`` calls, as a function that starts it; run once already."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool)
-        try:
-            for index in range(count):
-                call(index)
-        finally:
-            graph.capture_end()
-        graph.replay()
-        return graph.replay
-
-    def times(self, runs: Sequence[Callable[[], Any]]) -> list[float]:
-        """Microseconds of each, one after another and without waiting in between."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(runs) + 1)]
-        torch.cuda._sleep(AHEAD_CYCLES)
-        events[0].record()
-        for run, event in zip(runs, events[1:], strict=True):
-            run()
-            event.record()
-        torch.cuda.synchronize()
-        return [1e3 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
     def workspace(self, call: Callable[[], Tensor]) -> int:
         """Bytes that a call allocates beside its output, at its peak."""
@@ -167,15 +122,6 @@ class Gpu:
     def synchronize(self) -> None:
         """Waits for everything; raises what went wrong in it."""
         torch.cuda.synchronize()
-
-    def warm_up(self) -> None:
-        """Works for half a second, so that clocks have risen."""
-        a = torch.randn(4096, 4096, device=self.device, dtype=torch.float16)
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
-            for _ in range(20):
-                a @ a
-            torch.cuda.synchronize()
 
 
 class ReadArgs(ctypes.Structure):
@@ -334,36 +280,14 @@ def say(text: str) -> None:
 
 
 @dataclasses.dataclass
-class Contender:
+class Contender(_timing.Contender):
     """Something to time.
 
     Attributes:
-        call: what to time.
-        copies: how many weights it rotates over.
         tolerance: of its product's relative error.
     """
 
-    call: Call
-    copies: int
     tolerance: float = 0.0
-
-
-def time_in_turn(gpu: Gpu, contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of one call, by contender and round. Each has been called before."""
-    found: dict[str, list[float]] = {}
-    graphs: dict[str, tuple[Callable[[], None], int]] = {}
-    for name, contender in contenders.items():
-        (once,) = gpu.times([functools.partial(contender.call, 0)])
-        if once > LONG_MICROSECONDS:
-            found[name] = [round(once, 4)]
-            continue
-        count = calls_in_graph(contender.copies, once)
-        graphs[name] = gpu.capture(contender.call, count), count
-    for _ in range(rounds if graphs else 0):
-        times = gpu.times([replay for replay, _ in graphs.values()])
-        for (name, (_, count)), microseconds in zip(graphs.items(), times, strict=True):
-            found.setdefault(name, []).append(round(microseconds / count, 4))
-    return {name: found[name] for name in contenders}
 
 
 @functools.cache

@@ -17,8 +17,9 @@ set(BUILT_FOR_CUDA "")
 
 set(DEFAULT_ROCM_ARCH gfx906 gfx908 gfx90a gfx942 gfx950 gfx1030 gfx1100 gfx1101 gfx1102 gfx1151
   gfx1200 gfx1201)
-# Code for an x0 runs on every device of that generation; PTX is for generations to come.
-set(DEFAULT_CUDA_ARCH 80 90 100 120 80+PTX)
+# Code for an x0 runs on every device of that generation; PTX is for generations to come. 90a is for
+# Hopper's own matrix instructions; Hopper is all that there is of its generation.
+set(DEFAULT_CUDA_ARCH 80 90a 100 120 80+PTX)
 
 if(NOT TORCH_Q4_GPU MATCHES "^(auto|off)$")
   message(FATAL_ERROR "TORCH_Q4_GPU must be auto or off, got '${TORCH_Q4_GPU}'")
@@ -117,12 +118,13 @@ if(HIPCC)
 endif()
 
 if(NVCC)
-  execute_process(COMMAND "${NVCC}" --list-gpu-arch OUTPUT_VARIABLE KNOWN_CUDA_ARCH ERROR_QUIET)
+  # Its help names those with a letter, too, which --list-gpu-arch leaves out.
+  execute_process(COMMAND "${NVCC}" --help OUTPUT_VARIABLE KNOWN_CUDA_ARCH ERROR_QUIET)
   set(CUDA_FLAGS -x cu -fatbin -O3 -std=c++17 --fmad=false)
   foreach(arch IN LISTS CUDA_ARCH)
     string(REPLACE "." "" number "${arch}")
     string(REPLACE "+PTX" "" number "${number}")
-    if(TORCH_Q4_CUDA_ARCH STREQUAL "" AND NOT KNOWN_CUDA_ARCH MATCHES "compute_${number}\n")
+    if(TORCH_Q4_CUDA_ARCH STREQUAL "" AND NOT KNOWN_CUDA_ARCH MATCHES "'compute_${number}'")
       message(STATUS "torch_q4: this nvcc does not know sm_${number}, which is left out")
       continue()
     endif()

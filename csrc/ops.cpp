@@ -23,6 +23,19 @@ STABLE_TORCH_LIBRARY(torch_q4, m) {
   m.def(
       "_linear_with(Tensor x, Tensor blocks, int format, Tensor? bias, str compute, bool packed, "
       "str kernel) -> Tensor");
+  // Plans: which kernel `linear` takes for a weight, where torch_q4.tune measured it. A plan's text
+  // is a line "MOST_ROWS KERNEL" for each step; an empty one removes the plan. _load_linear_plans
+  // is Python's (torch_q4/_tune.py); after _use_saved_plans a device's first product calls it.
+  m.def(
+      "_set_linear_plan(int device, int format, ScalarType dtype, bool packed, int n, int k, "
+      "str plan) -> ()");
+  m.def("_linear_plan(int device, int format, ScalarType dtype, bool packed, int n, int k) -> str");
+  m.def("_linear_kernels(ScalarType dtype, bool packed, int? device=None) -> str");
+  m.def(
+      "_linear_choice(int device, int format, ScalarType dtype, bool packed, int m, int n, int k, "
+      "bool by_table=False) -> str");
+  m.def("_load_linear_plans(int device) -> ()");
+  m.def("_use_saved_plans() -> ()");
   m.def("format_table() -> str");
   m.def("cpu_isa() -> str");
   m.def("gpu_table() -> str");

@@ -10,6 +10,7 @@
 //     matvec_int8_C            LinearArgs       rows_grid, C columns a block
 //     matmul_T_C               LinearArgs       rows_grid, C columns a block; T is f16 or bf16;
 //                                               packed rows only, a multiple of 16 of them
+//     staged_T_C               StagedArgs       staged_grid, C columns a block; likewise
 //     transposed_T             TransposedArgs   transposed_grid
 //     pack, unpack             RepackArgs       repack_grid
 //     quantize                 QuantizeArgs     quantize_grid; q4_0 and q8_0 only
@@ -20,11 +21,18 @@
 //     quantize_activations     ActivationArgs   activation_grid
 //     sum_splits               SumArgs          sum_grid
 //
-// Every kernel is launched with kBlockThreads threads a block, and no dynamic shared memory. All
+// Every kernel but staged_T_C is launched with kBlockThreads threads a block and no dynamic shared
+// memory; staged_T_C has staged_threads and staged_shared_bytes, and is for sm_90a only. All
 // tensors are contiguous; x, blocks and out start at multiples of 16 bytes.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__HIPCC__) || defined(__CUDACC__)
+#define TORCH_Q4_ARGUMENTS_HOST_DEVICE __host__ __device__
+#else
+#define TORCH_Q4_ARGUMENTS_HOST_DEVICE
+#endif
 
 namespace torch_q4::gpu {
 
@@ -35,6 +43,19 @@ constexpr int kMatvecColumns[] = {1, 2, 4, 8};
 constexpr int kMatmulColumns[] = {16, 64};
 constexpr int kTransposedRows = 4;  // rows of grad that a block works on
 constexpr int kPanelColumns = 512;  // elements of 16 rows that a block of dequantize works on
+
+constexpr int kStagedColumns[] = {8, 16, 32, 64, 128};
+constexpr int kStagedUnit = 256;       // elements of K, a stage
+constexpr int kStagedMostGroups = 8;   // of 16 rows
+constexpr int kStagedProducers = 128;  // threads that copy
+// Waves that share each group's work; the sums of many columns leave no room for a second one's.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_share(int columns) {
+  return columns > 32 ? 1 : 2;
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_threads(int columns) {
+  return 32 * kStagedMostGroups * staged_share(columns) + kStagedProducers;
+}
+constexpr int kStagedMostStages = 6;
 
 // The dtype of a floating-point tensor.
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -52,6 +73,16 @@ struct LinearArgs {
   int64_t row_begin, row_end;
   int32_t packed;  // rows below n / 16 * 16 are in the packed layout; others never are
   DType dtype;     // of x, bias and out; matvec_int8: of bias and out
+};
+
+// A product whose operands are brought to shared memory stage by stage: kernels/staged.h. Rows
+// [row_begin, row_end) are whole groups of 16 packed ones.
+struct StagedArgs {
+  LinearArgs linear;
+  float* partial;  // (splits, m, row_end - row_begin) where splits > 1, without bias
+  int32_t groups;  // of 16 rows, a block; at most kStagedMostGroups
+  int32_t stages;  // that have their place in shared memory at once, 2 to kStagedMostStages
+  int32_t splits;  // blocks that share out K
 };
 
 // W[row_begin : row_end] to out (row_end - row_begin, k). If packed, row_begin is a multiple of 16
@@ -88,13 +119,15 @@ struct TransposedArgs {
   DType dtype;  // of grad
 };
 
-// out[i] = sum over s of partial[s, i], in the order of s.
+// out[i, j] = sum over s of partial[s, i, j], in the order of s, + bias[j] for j < rows goes to
+// out[i * n + j].
 struct SumArgs {
-  const float* partial;  // (splits, count)
-  void* out;
-  int64_t count;
+  const float* partial;  // (splits, count / rows, rows)
+  const void* bias;      // (rows,) in dtype, or null
+  void* out;             // (count / rows, n) in dtype
+  int64_t count, rows, n;
   int32_t splits;
-  DType dtype;  // of out
+  DType dtype;  // of bias and out
 };
 
 // `groups` whole groups of 16 rows from one layout to the other; not in place.
@@ -154,6 +187,44 @@ inline Grid rows_grid(const LinearArgs& a, int columns) {
 // A block takes 256 elements of k, split by split; the rows of grad are the grid's other side.
 inline Grid transposed_grid(const TransposedArgs& a) {
   return {ceil_div(a.k, 256) * static_cast<uint32_t>(a.splits), ceil_div(a.m, kTransposedRows)};
+}
+// Bytes of 16 packed blocks that lie in shared memory as they do in memory, and where those from
+// `offset` on are: blocks of 256 elements have gaps between, so that fewer of the lines that lanes
+// read at once are in the same banks.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_piece_bytes(int block_elems) {
+  return block_elems == 256 ? 1024 : 8192;
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_offset(int block_elems, int offset) {
+  return offset + offset / staged_piece_bytes(block_elems) * 64;
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_block_bytes(int block_elems, int block_bytes) {
+  return (staged_offset(block_elems, kGroupRows * block_bytes - 16) + 16 + 31) / 32 * 32;
+}
+// What one matrix instruction reads of x, and a gap for the same reason.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_tile_bytes(int columns) {
+  return columns * 16 * 2 + 16;
+}
+// One stage: x, then the weights.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_x_bytes(int columns) {
+  return kStagedUnit / 16 * staged_tile_bytes(columns);
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_weight_bytes(int block_elems, int block_bytes) {
+  return kStagedUnit / block_elems * staged_block_bytes(block_elems, block_bytes);
+}
+// Bytes of shared memory: barriers, then the stages, in which sums find their place at the end.
+constexpr int kStagedBarrierBytes = 128;
+constexpr int kStagedSumStride = 20;  // floats between columns, so that lanes use different banks
+constexpr int staged_shared_bytes(const StagedArgs& a, int columns, int block_elems,
+                                  int block_bytes) {
+  const int stage =
+      staged_x_bytes(columns) + a.groups * staged_weight_bytes(block_elems, block_bytes);
+  const int sums = staged_share(columns) * kStagedMostGroups * columns * kStagedSumStride * 4;
+  return kStagedBarrierBytes + (a.stages * stage > sums ? a.stages * stage : sums);
+}
+inline Grid staged_grid(const StagedArgs& a, int columns) {
+  const int64_t groups = (a.linear.row_end - a.linear.row_begin) / kGroupRows;
+  return {ceil_div(groups, a.groups) * static_cast<uint32_t>(a.splits),
+          ceil_div(a.linear.m, columns)};
 }
 inline Grid sum_grid(const SumArgs& a) { return {ceil_div(a.count, kBlockThreads), 1}; }
 // A thread moves the chunks of one row's block.

@@ -13,5 +13,11 @@ extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu:
   if (index >= a.count) return;
   float sum = 0;
   for (int split = 0; split < a.splits; ++split) sum += a.partial[split * a.count + index];
-  store_value(a.out, index, sum, a.dtype);
+  int64_t to = index;
+  if (a.rows != a.n || a.bias != nullptr) {  // else there is nothing to divide for
+    const int64_t row = index / a.rows, column = index - row * a.rows;
+    if (a.bias != nullptr) sum += load_value(a.bias, column, a.dtype);
+    to = row * a.n + column;
+  }
+  store_value(a.out, to, sum, a.dtype);
 }

@@ -60,6 +60,25 @@ TORCH_Q4_DEVICE Bytes operator<<(const Bytes& a, int bits) {
   return map_words([&](int i) { return a.w[i] << bits & in_each_byte(0xFF << bits); });
 }
 
+// 16 codes of which each is part of a byte, still in their place: masks and shifts, which a format
+// writes as it does for Bytes, are kept for whoever takes the codes out.
+struct Fields {
+  Bytes bytes;
+  int shift = 0, mask = 0xFF;  // a code is byte >> shift & mask
+
+  TORCH_Q4_DEVICE Fields operator>>(int bits) const {
+    return {bytes, shift + bits, mask >> bits & 0xFF >> (shift + bits)};
+  }
+  TORCH_Q4_DEVICE Fields operator&(int bits) const { return {bytes, shift, mask & bits}; }
+  TORCH_Q4_DEVICE Bytes codes() const {
+    return map_words([&](int i) { return bytes.w[i] >> shift & in_each_byte(mask); });
+  }
+  TORCH_Q4_DEVICE operator Bytes() const { return codes(); }
+  TORCH_Q4_DEVICE Bytes operator^(int bits) const { return codes() ^ bits; }
+  TORCH_Q4_DEVICE Bytes operator|(const Bytes& other) const { return codes() | other; }
+  TORCH_Q4_DEVICE Bytes operator<<(int bits) const { return codes() << bits; }
+};
+
 // Reads a word from bytes that are aligned to kAlign.
 template <int kAlign>
 TORCH_Q4_DEVICE uint32_t load_word(const uint8_t* from) {
@@ -354,6 +373,44 @@ struct PairDecoder {
                                     [&](int index, float value) { values[index] = value; });
 #pragma unroll
       for (int j = 0; j < 8; ++j) pairs[j] = round_pair<T>(values[2 * j], values[2 * j + 1]);
+    }
+  }
+
+  // The same with every four weights as pairs of the first and third, the second and fourth: which
+  // codes that do not fill their bytes become with an instruction less.
+  TORCH_Q4_DEVICE void decode_apart(const Bytes& codes, int i, uint32_t (&pairs)[8]) const {
+    decode_apart(Fields{codes}, i, pairs);
+  }
+  TORCH_Q4_DEVICE void decode_apart(const Fields& codes, int i, uint32_t (&pairs)[8]) const {
+    const uint32_t by = scale[kPartScales<Format> == 1 ? 0 : i];
+    const uint32_t from = start[kPartScales<Format> == 1 ? 0 : i];
+    if constexpr (kInPairs) {
+      // Where there is room for it, a code stays where it is and the power of two is a smaller one.
+      constexpr int kMantissa = kIsHalf ? 10 : 7, kExponent = kIsHalf ? 4 : 7;
+      const int shift = codes.shift + kBits <= kMantissa ? codes.shift : 0;
+      const int exponent = kExponent - shift;
+      const uint32_t over = (kIsHalf ? 15 + exponent : 127 + exponent) << kMantissa;
+      const uint32_t mask = static_cast<uint32_t>(codes.mask) << shift;
+      const float power = bits_to_float((127 + exponent) << 23);
+      const float excess = -power - (kIsHalf ? kMiddle / 64.0f : kMiddle);
+      const uint32_t less = round_pair<T>(excess, excess);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t word = codes.bytes.w[j] >> (codes.shift - shift);
+        const uint32_t even = and_or(word, mask * 0x10001u, over * 0x10001u);
+        const uint32_t odd = and_or(word >> 8, mask * 0x10001u, over * 0x10001u);
+        pairs[2 * j] = fma_pairs<T>(add_pairs<T>(even, less), by, from);
+        pairs[2 * j + 1] = fma_pairs<T>(add_pairs<T>(odd, less), by, from);
+      }
+    } else {
+      float values[16];
+      decode_segment<Format, false>(codes, bits_to_float(by), bits_to_float(from),
+                                    [&](int index, float value) { values[index] = value; });
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[2 * j] = round_pair<T>(values[4 * j], values[4 * j + 2]);
+        pairs[2 * j + 1] = round_pair<T>(values[4 * j + 1], values[4 * j + 3]);
+      }
     }
   }
 };

@@ -7,6 +7,9 @@
 #include "quantize.h"
 #include "repack.h"
 #include "transposed.h"
+#if defined(TORCH_Q4_GROUP_TILE)
+#include "staged.h"
+#endif
 
 #ifndef TORCH_Q4_FORMAT
 #error "TORCH_Q4_FORMAT must name a format of formats/registry.h"
@@ -50,6 +53,22 @@ TORCH_Q4_MATMUL(matmul_f16_16, Float16, 16, 3)
 TORCH_Q4_MATMUL(matmul_f16_64, Float16, 64, 2)
 TORCH_Q4_MATMUL(matmul_bf16_16, BFloat16, 16, 3)
 TORCH_Q4_MATMUL(matmul_bf16_64, BFloat16, 64, 2)
+
+#if defined(TORCH_Q4_GROUP_TILE)
+#define TORCH_Q4_STAGED(name, T, columns)                                       \
+  extern "C" __global__ void __launch_bounds__(gpu::staged_threads(columns), 1) \
+      staged_##name##_##columns(gpu::StagedArgs a) {                            \
+    staged<Format, T, columns>(a);                                              \
+  }
+#define TORCH_Q4_STAGED_OF(name, T) \
+  TORCH_Q4_STAGED(name, T, 8)       \
+  TORCH_Q4_STAGED(name, T, 16)      \
+  TORCH_Q4_STAGED(name, T, 32)      \
+  TORCH_Q4_STAGED(name, T, 64)      \
+  TORCH_Q4_STAGED(name, T, 128)
+TORCH_Q4_STAGED_OF(f16, Float16)
+TORCH_Q4_STAGED_OF(bf16, BFloat16)
+#endif
 
 // Which formats have a quantiser in quantize.h.
 #define TORCH_Q4_QUANTIZES_Q4_0 1

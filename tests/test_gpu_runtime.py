@@ -24,8 +24,10 @@ ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "gpu_runtime"
 BUILT_FOR_HIP = "gfx906 gfx90a gfx11-generic"
 BUILT_FOR_CUDA = "sm_80 sm_90 compute_80"
+BUILT_FOR_HOPPER = "sm_80 sm_90a compute_80"
+SHARED_BYTES = 232448  # an H100's
 F32, F16, BF16 = range(3)
-NVIDIA, AMD_MATRIX, AMD_NO_MATRIX = range(3)
+NVIDIA, AMD_MATRIX, AMD_NO_MATRIX, HOPPER = range(4)
 
 
 class LinearArgs(ctypes.Structure):
@@ -39,12 +41,23 @@ class LinearArgs(ctypes.Structure):
     ]
 
 
+class StagedArgs(ctypes.Structure):
+    """As in kernels/arguments.h."""
+
+    _fields_ = [
+        ("linear", LinearArgs),
+        ("partial", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("groups", "stages", "splits")),
+    ]
+
+
 class Record(ctypes.Structure):
     """What the stub records and what it is told."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in (
-            "loads", "lookups", "launches", "loads_under_capture", "function_loads")),
+            "loads", "lookups", "launches", "loads_under_capture", "function_loads", "attributes",
+            "shared_allowed")),
         ("image", ctypes.c_char * 64),
         ("kernel", ctypes.c_char * 64),
         ("grid", ctypes.c_uint * 3),
@@ -53,11 +66,15 @@ class Record(ctypes.Structure):
         ("stream", ctypes.c_void_p),
         ("args", ctypes.c_ubyte * 256),
         ("args_bytes", ctypes.c_int),
-        *((name, ctypes.c_int) for name in ("fail_load", "fail_lookup", "fail_launch")),
+        *((name, ctypes.c_int) for name in (
+            "fail_load", "fail_lookup", "fail_launch", "fail_attribute")),
         ("architecture", ctypes.c_char * 64),
         ("major", ctypes.c_int),
         ("minor", ctypes.c_int),
     ]  # fmt: skip
+
+
+Loader = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 @dataclass
@@ -86,12 +103,15 @@ def compile_all(folder: Path) -> None:
         "incomplete.so": ["-DSTUB_WITHOUT_PROPERTIES"],
     }
     gpu = ROOT / "csrc/gpu"
-    built = [f'-DTORCH_Q4_BUILT_FOR_{name}="{architectures}"' for name, architectures in (
-        ("HIP", BUILT_FOR_HIP), ("CUDA", BUILT_FOR_CUDA))]  # fmt: skip
+    built_for_hip = f'-DTORCH_Q4_BUILT_FOR_HIP="{BUILT_FOR_HIP}"'
+    built_for_cuda = f'-DTORCH_Q4_BUILT_FOR_CUDA="{BUILT_FOR_CUDA}"'
+    built_for_hopper = f'-DTORCH_Q4_BUILT_FOR_CUDA="{BUILT_FOR_HOPPER}"'
     objects: dict[str, list[Any]] = {
         "harness.o": [HERE / "harness.cpp"],
         "driver.o": [gpu / "driver.cpp"],
-        "runtime.o": [gpu / "runtime.cpp", *built],
+        "plans.o": [gpu / "plans.cpp"],
+        "runtime.o": [gpu / "runtime.cpp", built_for_hip, built_for_cuda],
+        "hopper.o": [gpu / "runtime.cpp", built_for_hip, built_for_hopper],
         "empty.o": [gpu / "runtime.cpp"],
     }
     run_all([
@@ -100,10 +120,10 @@ def compile_all(folder: Path) -> None:
         *(["cc", "-shared", "-pthread", *flags, *defines, "-o", folder / name,
            HERE / "stub_driver.c"] for name, defines in drivers.items()),
     ])  # fmt: skip
-    shared = [folder / "harness.o", folder / "driver.o"]
+    shared = [folder / name for name in ("harness.o", "driver.o", "plans.o")]
     run_all([
         ["c++", "-shared", "-pthread", "-o", folder / f"{name}.so", *shared, folder / f"{name}.o",
-         "-ldl"] for name in ("runtime", "empty")
+         "-ldl"] for name in ("runtime", "hopper", "empty")
     ])  # fmt: skip
 
 
@@ -127,9 +147,18 @@ def lay_out(compiled: Path, folder: Path, runtime: str, driver: str) -> None:
 def open_runtime(folder: Path) -> Any:
     library = ctypes.CDLL(str(folder / "_C.so"))
     for name in ("name_of_kernel", "launch_linear", "find_in", "launch_in_new_thread",
-                 "path_of_driver"):  # fmt: skip
+                 "path_of_driver", "set_plan", "plan_of", "names_of_kernels",
+                 "name_of_choice", "launch_staged", "check_runs_on"):  # fmt: skip
         getattr(library, name).restype = ctypes.c_char_p
-    library.choose.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64, ctypes.c_int]
+    library.choose.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int]
+    library.plan_of_staged.argtypes = (
+        [ctypes.c_int64] * 3 + [ctypes.c_int] * 4 + [ctypes.POINTER(ctypes.c_int64)]
+    )
+    weight = [ctypes.c_int64, *[ctypes.c_int] * 3, ctypes.c_int64]
+    library.set_plan.argtypes = [*weight, ctypes.c_char_p]
+    library.plan_of.argtypes = weight
+    library.planned.argtypes = [*[ctypes.c_int] * 5, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    library.set_loader.argtypes = [Loader]
     library.splits.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
     return library
 
@@ -153,6 +182,12 @@ def hip(start) -> Runtime:
 @pytest.fixture
 def cuda(start) -> Runtime:
     return start(driver="libcuda.so.1")
+
+
+@pytest.fixture
+def hopper(start) -> Runtime:
+    """CUDA's driver, an sm_90, and a build that has code for sm_90a."""
+    return start("hopper.so", "libcuda.so.1")
 
 
 def linear_args(**values: int) -> LinearArgs:
@@ -179,6 +214,37 @@ def test_a_launch_arrives(which, request) -> None:
     assert list(stub.block) == [256, 1, 1]
     assert (stub.shared, stub.stream) == (0, 0x1234)
     assert bytes(stub.args[: stub.args_bytes]) == bytes(args)
+
+
+def test_a_staged_launch_arrives(hopper) -> None:
+    """With its own threads and shared memory, which each function is allowed once."""
+    stub, library = hopper.stub, hopper.library
+    stub.args_bytes = ctypes.sizeof(StagedArgs)
+    assert library.shared_bytes_of(0) == SHARED_BYTES
+    args = StagedArgs(linear_args(m=9, row_end=992), 0x70, groups=3, stages=4, splits=2)
+    for width, columns in enumerate((8, 16, 32, 64, 128)):
+        for _ in range(3):
+            assert hopper.error("launch_staged", width, 0, ctypes.byref(args)) == ""
+            assert stub.kernel == f"staged_bf16_{columns}".encode()
+            assert list(stub.grid) == [21 * 2, -(-9 // columns), 1]
+            assert list(stub.block) == [library.threads_of_staged(width), 1, 1]
+            assert stub.shared == library.bytes_of_staged(width, ctypes.byref(args)) > 0
+            assert bytes(stub.args[: stub.args_bytes]) == bytes(args)
+        assert (stub.attributes, stub.shared_allowed) == (width + 1, SHARED_BYTES)
+    assert hopper.error("launch_linear", 0, 0, 1, ctypes.byref(linear_args())) == ""
+    assert (stub.attributes, stub.shared) == (5, 0), "no other kernel needs to be allowed any"
+    assert (stub.launches, stub.lookups) == (16, 6)
+
+
+def test_shared_memory_that_is_not_allowed(hopper) -> None:
+    hopper.stub.fail_attribute = 1
+    kernel = hopper.library.staged_number(F16, 3)
+    assert hopper.error("find_in", 0, kernel, 0) == (
+        f"linear: staged_f16_64 must be allowed {SHARED_BYTES} bytes of shared memory on sm_90, "
+        "got ErrorOther (what it means)"
+    )
+    hopper.stub.fail_attribute = 0
+    assert hopper.error("find_in", 0, kernel, 0) == "", "a failure must not be remembered"
 
 
 @pytest.mark.parametrize("empty", [{"m": 0}, {"row_end": 0}])
@@ -212,6 +278,7 @@ def test_every_kernel_has_its_file_and_name(hip) -> None:
     names += [f"matvec_{t}_{columns}" for t in suffixes for columns in (1, 2, 4, 8)]
     names += [f"matvec_int8_{columns}" for columns in (1, 2, 4, 8)]
     names += [f"matmul_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64)]
+    names += [f"staged_{t}_{columns}" for t in suffixes[1:] for columns in (8, 16, 32, 64, 128)]
     names += ["quantize_activations", "sum_splits"]
     count = hip.library.kernel_count()
     assert [hip.error("name_of_kernel", kernel) for kernel in range(count)] == names
@@ -347,7 +414,7 @@ def test_an_architecture_that_was_not_built(
     ("driver", "maker", "architecture", "compiler", "command"),
     [
         ("libamdhip64.so", "AMD", "gfx90a", "hipcc", "TORCH_Q4_ROCM_ARCH=gfx90a"),
-        ("libcuda.so.1", "NVIDIA", "sm_90", "nvcc", "TORCH_Q4_CUDA_ARCH=90"),
+        ("libcuda.so.1", "NVIDIA", "sm_90", "nvcc", "TORCH_Q4_CUDA_ARCH=90a"),
     ],
 )
 def test_a_build_without_kernels(start, driver, maker, architecture, compiler, command) -> None:
@@ -379,6 +446,9 @@ def test_an_architecture_that_is_no_name(hip) -> None:
         ("sm_86", "sm_80", False),
         ("sm_80", "sm_90", False),
         ("sm_90a", "sm_90", True),
+        ("sm_90a", "sm_100", False),
+        ("compute_90a", "sm_90", True),
+        ("compute_90a", "sm_100", False),
         ("sm_100", "sm_103", True),
         ("sm_100", "sm_120", False),
         ("compute_80", "sm_120", True),
@@ -392,7 +462,7 @@ def test_what_serves_an_architecture(hip, built, architecture, served) -> None:
 
 # ---- the choice of a kernel ----------------------------------------------------------------------
 
-ELEMENT, MATVEC, MATVEC_INT8, MATMUL_16, MATMUL_64, BLAS = range(6)
+ELEMENT, MATVEC, MATVEC_INT8, MATMUL_16, MATMUL_64, STAGED, BLAS = range(7)
 
 
 @pytest.mark.parametrize(
@@ -413,8 +483,222 @@ ELEMENT, MATVEC, MATVEC_INT8, MATMUL_16, MATMUL_64, BLAS = range(6)
     ],
 )
 def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
-    chosen = {m: hip.library.choose(number, int8, packed, m, family) for m in by_rows}
+    chosen = {m: hip.library.choose(number, int8, packed, m, 4096, family) for m in by_rows}
     assert chosen == by_rows
+
+
+@pytest.mark.parametrize(
+    ("number", "int8", "packed", "n", "by_rows"),
+    [
+        (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 256: STAGED, 257: BLAS}),
+        (BF16, 1, 1, 8193, {1: STAGED, 16: STAGED, 256: STAGED, 257: BLAS}),
+        (F16, 0, 0, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
+        (BF16, 1, 0, 4096, {8: MATVEC_INT8, 9: BLAS}),
+        (F32, 0, 1, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
+    ],
+)
+def test_choice_of_kernel_on_hopper(hip, number, int8, packed, n, by_rows) -> None:
+    chosen = {m: hip.library.choose(number, int8, packed, m, n, HOPPER) for m in by_rows}
+    assert chosen == by_rows
+
+
+@pytest.mark.parametrize(
+    ("runtime", "capability", "family"),
+    [
+        ("hopper.so", (9, 0), HOPPER),
+        ("hopper.so", (8, 0), NVIDIA),
+        ("hopper.so", (10, 0), NVIDIA),
+        ("runtime.so", (9, 0), NVIDIA),  # has code for sm_90, in which those kernels are not
+        ("empty.so", (9, 0), NVIDIA),
+    ],
+)
+def test_hopper_is_a_family_of_its_own_where_the_build_has_code_for_it(
+    start, runtime, capability, family
+) -> None:
+    cuda = start(runtime, "libcuda.so.1")
+    cuda.stub.major, cuda.stub.minor = capability
+    assert cuda.library.family_of(0) == family
+
+
+def test_kernels_for_hopper_only(start) -> None:
+    runtime = start("runtime.so", "libcuda.so.1")
+    words = "the GPU must be sm_90, with kernels built for sm_90a, for staged, got"
+    missing = f"{words} sm_90 with kernels for {BUILT_FOR_CUDA}"
+    assert runtime.error("check_runs_on", b"staged", 0) == f"linear: {missing}"
+    assert runtime.error("check_runs_on", b"matmul_16", 0) == ""
+    assert set_plan(runtime, "8 staged") == f"set: {missing}"
+    runtime.stub.major = 8
+    assert set_plan(runtime, "8 staged", device=1) == f"set: {words} sm_80"
+    assert plan_of(runtime) == plan_of(runtime, device=1) == ""
+
+
+def test_kernels_for_hopper_only_on_hopper(hopper) -> None:
+    assert hopper.error("check_runs_on", b"staged", 0) == ""
+    assert set_plan(hopper, "8 staged") == ""
+    assert planned(hopper, 8) == "staged"
+
+
+# ---- plans, which stand above the table ----------------------------------------------------------
+
+
+def set_plan(runtime: Runtime, plan: str, **weight: int) -> str:
+    device, fmt, dtype, packed, n = weight_of(weight)
+    return runtime.error("set_plan", device, fmt, dtype, packed, n, plan.encode())
+
+
+def plan_of(runtime: Runtime, **weight: int) -> str:
+    return runtime.error("plan_of", *weight_of(weight))
+
+
+def weight_of(given: dict[str, int]) -> tuple[int, ...]:
+    full = {"device": 0, "format": 3, "dtype": F16, "packed": 1, "n": 4096, **given}
+    assert len(full) == 5, given
+    return tuple(full.values())
+
+
+def planned(runtime: Runtime, m: int, **weight: int) -> str:
+    """The name of the kernel that a product gets."""
+    device, fmt, dtype, packed, n = weight_of(weight)
+    kernel = runtime.library.planned(device, fmt, dtype, 0, packed, m, n, NVIDIA)
+    return runtime.error("name_of_choice", kernel)
+
+
+def by_table(runtime: Runtime, m: int, dtype: int = F16, packed: int = 1) -> str:
+    kernel = runtime.library.choose(dtype, 0, packed, m, 4096, NVIDIA)
+    return runtime.error("name_of_choice", kernel)
+
+
+def test_a_plan_decides_up_to_its_last_step(hip) -> None:
+    rows = (1, 2, 3, 100, 101)
+    table = {m: by_table(hip, m) for m in rows}
+    assert {m: planned(hip, m) for m in rows} == table
+    assert "element" not in table.values()
+    assert set_plan(hip, "2 element\n100 matvec\n") == ""
+    assert {m: planned(hip, m) for m in rows} == {
+        1: "element", 2: "element", 3: "matvec", 100: "matvec", 101: table[101]}  # fmt: skip
+    assert plan_of(hip) == "2 element\n100 matvec\n"
+    assert set_plan(hip, "7 element") == ""
+    assert [planned(hip, m) for m in (7, 8)] == ["element", by_table(hip, 8)]
+    assert set_plan(hip, "") == ""
+    assert plan_of(hip) == ""
+    assert {m: planned(hip, m) for m in rows} == table
+    assert set_plan(hip, "") == "", "what is not there can be removed"
+
+
+def test_a_plan_is_of_one_weight_dtype_layout_and_device(hip) -> None:
+    assert set_plan(hip, "8 element") == ""
+    assert planned(hip, 4) == "element"
+    for other in ({"device": 1}, {"format": 2}, {"dtype": BF16}, {"packed": 0}, {"n": 4095}):
+        assert planned(hip, 4, **other) != "element"
+        assert plan_of(hip, **other) == ""
+
+
+def test_int8_has_the_table(hip) -> None:
+    assert set_plan(hip, "8 element", dtype=F32) == ""
+    weight = (0, 3, F32)
+    of_plan, of_table = (hip.library.planned(*weight, int8, 1, 4, 4096, NVIDIA) for int8 in (0, 1))
+    assert (of_plan, of_table) == (ELEMENT, hip.library.choose(F32, 1, 1, 4, 4096, NVIDIA))
+
+
+def test_many_plans_are_found(hip) -> None:
+    sizes = [(7919 * i) % 1009 + 1 for i in range(100)]
+    for i, n in enumerate(sizes):
+        assert set_plan(hip, f"{i + 1} element", n=n, format=i % 3) == ""
+    for i, n in enumerate(sizes):
+        assert plan_of(hip, n=n, format=i % 3) == f"{i + 1} element\n"
+        assert plan_of(hip, n=n, format=3) == ""
+        assert planned(hip, i + 1, n=n, format=i % 3) == "element"
+
+
+@pytest.mark.parametrize(
+    ("plan", "weight", "words"),
+    [
+        ("8 fast", {}, r"kernel must be one of element, matvec, .*, got fast"),
+        ("8 matmul_16", {"packed": 0}, "packed must be true for matmul_16, got false"),
+        ("8 matmul_64", {"dtype": F32},
+         "dtype must be float16 or bfloat16 for matmul_64, got float32"),
+        ("8 matvec\n8 blas", {}, "rows of plan must rise, got 8 after 8"),
+        ("0 matvec", {}, "rows of plan must rise, got 0 after 0"),
+        ("matvec 8", {}, "a line of plan must be MOST_ROWS KERNEL, got matvec 8"),
+        ("8 matvec blas", {}, "a line of plan must be MOST_ROWS KERNEL, got 8 matvec blas"),
+        ("99999999999999999999 blas", {},
+         "a line of plan must be MOST_ROWS KERNEL, got 99999999999999999999 blas"),
+        ("8 matvec", {"n": 0}, "n and k must be at least 1, got 0, 4096"),
+        ("8 matvec", {"device": 64}, r"device must be in \[0, 64\), got 64"),
+        ("8 matvec", {"device": -1}, r"device must be in \[0, 64\), got -1"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be(hip, plan, weight, words) -> None:
+    on_device = "device" not in weight
+    if on_device and "n" not in weight:
+        assert set_plan(hip, "5 element", **weight) == ""
+    before = plan_of(hip, **weight)
+    assert re.fullmatch(f"set: {words}", set_plan(hip, plan, **weight))
+    assert plan_of(hip, **weight) == before, "what is refused changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("which", "family"), [("hip", AMD_MATRIX), ("cuda", NVIDIA), ("hopper", HOPPER)]
+)
+def test_every_kernel_that_suits_can_be_planned(which, family, request) -> None:
+    runtime = request.getfixturevalue(which)
+
+    def names(dtype: int, packed: int, family: int = family) -> set[str]:
+        return set(runtime.error("names_of_kernels", dtype, packed, family).split())
+
+    everything = names(F16, 1, -1)
+    assert everything == names(BF16, 1, -1) == names(F16, 1, HOPPER)
+    assert ("staged" in names(F16, 1)) == (family == HOPPER)
+    assert everything >= {"element", "matvec", "matmul_16", "matmul_64", "blas"}
+    for dtype, packed in ((F16, 1), (F32, 1), (F16, 0), (F32, 0)):
+        suiting = names(dtype, packed)
+        assert suiting >= {"element", "matvec", "blas"}
+        assert ("matmul_16" in suiting) == ((dtype, packed) == (F16, 1))
+        for name in everything:
+            error = set_plan(runtime, f"1 {name}", dtype=dtype, packed=packed)
+            assert (error == "") == (name in suiting)
+            if name in suiting:
+                assert planned(runtime, 1, dtype=dtype, packed=packed) == name
+
+
+def test_saved_plans_are_loaded_once_at_the_first_product(hip) -> None:
+    asked: list[int] = []
+    table = by_table(hip, 4)
+
+    def load(device: int) -> None:
+        asked.append(device)
+        meanwhile.append(planned(hip, 4, device=device))
+        set_plan(hip, "8 element", device=device)
+        set_plan(hip, "8 element", device=device, n=64)
+
+    meanwhile: list[str] = []
+    loader = Loader(load)
+    assert planned(hip, 4, device=2) == table, "nobody to ask yet, which must not be remembered"
+    hip.library.set_loader(loader)
+    assert not asked
+    assert [planned(hip, 4, device=2) for _ in range(3)] == ["element"] * 3
+    assert (asked, meanwhile) == ([2], [table])
+    # A plan that is set first does not keep the saved ones away, and stands above them.
+    assert set_plan(hip, "8 blas") == ""
+    assert asked == [2, 0]
+    assert (planned(hip, 4), planned(hip, 4, n=64)) == ("blas", "element")
+    assert plan_of(hip, device=1) == "8 element\n"
+    assert asked == [2, 0, 1]
+
+
+def test_a_loader_that_brings_nothing_is_not_asked_again(hip) -> None:
+    asked: list[int] = []
+    loader = Loader(asked.append)
+    hip.library.set_loader(loader)
+    assert [planned(hip, 4) for _ in range(3)] == [by_table(hip, 4)] * 3
+    assert asked == [0]
+
+
+def test_plans_can_be_set_while_others_read_them(hip) -> None:
+    assert hip.library.choose_while_setting(3) == 0
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 def test_splits_fill_the_device(hip) -> None:
@@ -427,10 +711,76 @@ def test_splits_fill_the_device(hip) -> None:
     assert hip.library.multiprocessors_of(0) == 60
 
 
-def test_the_arguments_mirror_the_header() -> None:
+@dataclass
+class StagedPlan:
+    columns: int
+    groups: int
+    stages: int
+    splits: int
+    shared_bytes: int
+    blocks: int  # of all rows of W and splits
+    column_blocks: int
+
+
+def staged_plan(
+    runtime: Runtime,
+    m: int,
+    n: int,
+    k: int,
+    fmt: formats.Format,
+    multiprocessors: int = 132,
+    shared_bytes: int = SHARED_BYTES,
+) -> StagedPlan:
+    found = (ctypes.c_int64 * 7)()
+    runtime.library.plan_of_staged(
+        m, n, k, fmt.block_elems, fmt.block_bytes, multiprocessors, shared_bytes, found
+    )
+    return StagedPlan(*found)
+
+
+@pytest.mark.parametrize("shared_bytes", [SHARED_BYTES, 101376])
+def test_every_staged_plan_fits(hip, fmt, shared_bytes) -> None:
+    for m in (1, 7, 8, 9, 16, 33, 64, 65, 128, 129, 200, 1000, 100_000):
+        for n in (5, 16, 48, 100, 1024, 4096, 8192, 11008, 14336, 28672, 128256):
+            for k in (fmt.block_elems, 256, 768, 4096, 4352, 14336):
+                for multiprocessors in (1, 78, 114, 132):
+                    plan = staged_plan(hip, m, n, k, fmt, multiprocessors, shared_bytes)
+                    units = -(-k // 256)
+                    what = (m, n, k, multiprocessors, plan)
+                    assert plan.shared_bytes <= shared_bytes, what
+                    assert 1 <= plan.groups <= 8, what
+                    assert 2 <= plan.stages <= 4, what
+                    assert plan.splits == 1 or 2 * plan.splits <= units, what
+                    assert plan.columns * plan.column_blocks >= m, what
+                    # More than a wave only where the largest blocks are too many as well.
+                    if plan.blocks * plan.column_blocks > multiprocessors:
+                        assert (plan.groups, plan.splits) == (8, 1), what
+
+
+def test_staged_plans(hip) -> None:
+    def plan(m: int, n: int, k: int, fmt: str = "q4_0", **device: int) -> tuple[int, ...]:
+        found = staged_plan(hip, m, n, k, formats.get(fmt), **device)
+        return found.columns, found.groups, found.splits, found.blocks
+
+    assert plan(1, 14336, 4096) == (8, 7, 1, 128)
+    assert plan(64, 14336, 4096) == (64, 7, 1, 128)
+    assert plan(9, 4096, 4096) == (16, 8, 4, 128)
+    assert plan(1, 4096, 14336) == (8, 8, 4, 128)
+    assert plan(1, 128256, 4096) == (8, 8, 1, 1002), "more than one wave"
+    assert plan(1, 16, 32) == (8, 1, 1, 1)
+    assert plan(1, 5, 32) == (8, 1, 1, 0), "no whole group: nothing to launch"
+    assert plan(1, 4096, 256) == (8, 2, 1, 128), "a unit of K is not split"
+    assert plan(1, 4096, 1024) == (8, 4, 2, 128), "nor are two"
+    assert plan(200, 4096, 4096) == (128, 8, 2, 64), "by two blocks of columns"
+    assert plan(10_000, 4096, 4096) == (128, 8, 1, 32)
+    assert plan(128, 14336, 4096, "q8_0", shared_bytes=101376)[0] < 128
+
+
+@pytest.mark.parametrize("struct", [LinearArgs, StagedArgs], ids=lambda struct: struct.__name__)
+def test_the_arguments_mirror_the_header(struct) -> None:
     header = (ROOT / "kernels/arguments.h").read_text()
-    body = re.search(r"struct LinearArgs \{(.*?)\n\};", header, re.S)
+    body = re.search(rf"struct {struct.__name__} \{{(.*?)\n\}};", header, re.S)
     assert body
     code = re.sub(r"//.*", "", body.group(1))
     names = [name for line in code.split(";") for name in re.findall(r"[*\s](\w+)(?=,|\s*$)", line)]
-    assert names == [field[0] for field in LinearArgs._fields_]
+    assert names == [field[0] for field in struct._fields_]

@@ -1,6 +1,7 @@
 """Matrix products with GGML-quantised weights that stay packed, as PyTorch operators."""
 
 from torch_q4 import formats
+from torch_q4._tune import TuneReport, tune, tune_model
 from torch_q4.checkpoint import (
     SafetensorsFile,
     load_checkpoint,
@@ -35,6 +36,7 @@ __all__ = [
     "QuantLinear",
     "QuantizeReport",
     "SafetensorsFile",
+    "TuneReport",
     "collect_importance",
     "cpu_isa",
     "dequantize",
@@ -53,5 +55,7 @@ __all__ = [
     "save_checkpoint",
     "save_gguf",
     "save_safetensors",
+    "tune",
+    "tune_model",
     "unpack",
 ]

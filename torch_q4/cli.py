@@ -18,6 +18,7 @@ import torch
 
 from torch_q4 import formats, recipes
 from torch_q4._tensors import info_of
+from torch_q4._tune import architecture_of_gpu, tune
 from torch_q4.convert import (
     Conversion,
     architecture_of,
@@ -53,6 +54,13 @@ examples:
   torch-q4 quantize model-f16.gguf model-q3_k_m.gguf --type q3_k_m --imatrix imatrix.gguf
   torch-q4 quantize hf-folder model.gguf --type q8_0 --like other-quantisation-of-it.gguf
   torch-q4 quantize model.safetensors packed.safetensors --type q4_0 --pure
+"""
+_TUNE = """\
+Measures which kernel of linear is the fastest for weights of N rows (out_features) and K columns
+(in_features), for each shape in each format, and saves it for programs to come.
+
+The plans are in tune.json in the folder TORCH_Q4_CACHE, by default $XDG_CACHE_HOME/torch_q4 or
+~/.cache/torch_q4. Delete the file to forget them.
 """
 
 
@@ -224,6 +232,35 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("a", metavar="A", help="the reference")
     compare.add_argument("b", metavar="B", help="what is compared with it")
 
+    measure = command(
+        "tune",
+        _tune,
+        "measure which kernels are the fastest on this GPU, and remember it",
+        [],
+        _TUNE,
+        "example:\n  torch-q4 tune --shape 14336x4096 4096x14336 --format q4_k q6_k",
+    )
+    measure.add_argument(
+        "--shape", nargs="+", required=True, type=_matrix, metavar="NxK", help="shapes of weights"
+    )
+    measure.add_argument(
+        "--format",
+        nargs="+",
+        required=True,
+        type=_one_format,
+        metavar="FORMAT",
+        help=f"their formats: {', '.join(fmt.name for fmt in formats.all())}",
+    )
+    measure.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="that of the activations (default: %(default)s)",
+    )
+    measure.add_argument(
+        "--no-save", action="store_true", help="only show what was found, do not remember it"
+    )
+
     command(
         "doctor",
         _doctor,
@@ -253,6 +290,20 @@ def _override(text: str) -> tuple[str, formats.Format]:
         raise argparse.ArgumentTypeError(f"must be PATTERN=FORMAT, got {text!r}")
     try:
         return pattern, formats.get(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _matrix(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be NxK, got {text!r}")
+    return int(n), int(k)
+
+
+def _one_format(text: str) -> formats.Format:
+    try:
+        return formats.get(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -506,6 +557,22 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("torch-q4: tune: torch must see a GPU, got none", file=sys.stderr)
+        return 1
+    reports = []
+    for n, k in options.shape:
+        for fmt in options.format:
+            dtype = getattr(torch, options.dtype)
+            reports.append(tune(n, k, fmt, dtype=dtype, save=not options.no_save))
+            if not options.json:
+                print(f"{reports[-1]}\n", flush=True)
+    if options.json:
+        _print_json([dataclasses.asdict(report) | {"dtype": options.dtype} for report in reports])
+    return 0
+
+
 # ---- doctor --------------------------------------------------------------------------------------
 
 # What the CPU kernels can use, and the packages that some parts need, with what for.
@@ -549,16 +616,10 @@ def _devices() -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        # CUDA builds have gcnArchName, too, and the device's name in it.
-        architecture = (
-            properties.gcnArchName.split(":")[0]
-            if torch.version.hip
-            else f"sm_{properties.major}{properties.minor}"
-        )
         devices.append(
             {
                 "name": properties.name,
-                "architecture": architecture,
+                "architecture": architecture_of_gpu(properties),
                 "memory": properties.total_memory,
                 # Loads a kernel there, so this is what an operator would meet with.
                 "problem": torch.ops.torch_q4.gpu_problem(index).removeprefix("gpu_problem: "),

@@ -49,8 +49,8 @@ class Call {
   }
 
   template <class Args>
-  void run(Kernel kernel, Grid grid, const Args& args) const {
-    launch(op, CodeObject(format.index), kernel, device, stream_, grid, args);
+  void run(Kernel kernel, Grid grid, const Args& args, Block block = {}) const {
+    launch(op, CodeObject(format.index), kernel, device, stream_, grid, args, block);
   }
   template <class Args>
   void run_common(Kernel kernel, Grid grid, const Args& args) const {

@@ -15,6 +15,7 @@ enum class LinearKernel {
   kMatvecInt8,  // the same with activations rounded to int8
   kMatmul16,    // matrix cores, 16 rows of x at a time
   kMatmul64,    // the same, 64 rows
+  kStaged,      // Hopper's, 8 to 128 rows
   kBlas,        // dequantises, then torch's own product
 };
 
@@ -26,15 +27,45 @@ struct LinearCase {
   Family family;
 };
 
+constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
+
 struct LinearRule {
   enum Layouts { kAnyLayout, kPackedOnly } layouts;
   enum DTypes { kAnyDType, k16Bit } dtypes;
   enum Computes { kAnyCompute, kInt8Only } computes;
   int64_t most_rows;  // of x
   LinearKernel kernel;
+  int64_t most_n = kAnyNumber, most_k = kAnyNumber;
 };
 
-constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
+// What can be asked for by name, and what each can compute. int8 has one kernel only, and no plans.
+struct LinearKernelInfo {
+  const char* name;
+  LinearKernel kernel;
+  LinearRule::Layouts layouts;
+  LinearRule::DTypes dtypes;
+  bool hopper_only = false;
+};
+
+constexpr LinearKernelInfo kLinearKernels[] = {
+    {"element", LinearKernel::kElement, LinearRule::kAnyLayout, LinearRule::kAnyDType},
+    {"matvec", LinearKernel::kMatvec, LinearRule::kAnyLayout, LinearRule::kAnyDType},
+    {"matmul_16", LinearKernel::kMatmul16, LinearRule::kPackedOnly, LinearRule::k16Bit},
+    {"matmul_64", LinearKernel::kMatmul64, LinearRule::kPackedOnly, LinearRule::k16Bit},
+    {"staged", LinearKernel::kStaged, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     /*hopper_only=*/true},
+    {"blas", LinearKernel::kBlas, LinearRule::kAnyLayout, LinearRule::kAnyDType},
+};
+
+constexpr bool takes_layout(const LinearKernelInfo& kernel, bool packed) {
+  return kernel.layouts == LinearRule::kAnyLayout || packed;
+}
+constexpr bool takes_dtype(const LinearKernelInfo& kernel, DType dtype) {
+  return kernel.dtypes == LinearRule::kAnyDType || dtype != kFloat32;
+}
+constexpr bool takes_family(const LinearKernelInfo& kernel, Family family) {
+  return !kernel.hopper_only || family == Family::kHopper;
+}
 
 // The first rule that fits is taken; the last ones of each table fit everything. Exact products
 // keep int8's promise, too, so where they are faster they are what int8 gets.
@@ -46,6 +77,21 @@ constexpr LinearRule kNvidiaRules[] = {
      LinearKernel::kMatmul16},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 96,
      LinearKernel::kMatmul64},
+    {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
+     LinearKernel::kMatvecInt8},
+    {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
+     LinearKernel::kMatvec},
+    {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, kAnyNumber,
+     LinearKernel::kBlas},
+};
+
+// Measured on an H100, too.
+constexpr LinearRule kHopperRules[] = {
+    // Of a small weight each block has little: what starts quickest wins.
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 4,
+     LinearKernel::kMatmul16, /*most_n=*/8192, /*most_k=*/8192},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,
+     LinearKernel::kStaged},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
      LinearKernel::kMatvecInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
@@ -86,7 +132,8 @@ constexpr LinearRule kAmdNoMatrixRules[] = {
 };
 
 constexpr bool fits(const LinearRule& rule, const LinearCase& c) {
-  return c.m <= rule.most_rows && (rule.layouts == LinearRule::kAnyLayout || c.packed) &&
+  return c.m <= rule.most_rows && c.n <= rule.most_n && c.k <= rule.most_k &&
+         (rule.layouts == LinearRule::kAnyLayout || c.packed) &&
          (rule.dtypes == LinearRule::kAnyDType || c.dtype != kFloat32) &&
          (rule.computes == LinearRule::kAnyCompute || c.int8);
 }
@@ -105,8 +152,62 @@ constexpr LinearKernel choose_linear(const LinearCase& c) {
       return first_fitting(kAmdMatrixRules, c);
     case Family::kAmdNoMatrix:
       return first_fitting(kAmdNoMatrixRules, c);
+    case Family::kHopper:
+      return first_fitting(kHopperRules, c);
     default:
       return first_fitting(kNvidiaRules, c);
+  }
+}
+
+// How staged_T_C cuts up a product of m rows of x with n packed rows of W.
+struct StagedPlan {
+  int width;  // a position in kStagedColumns
+  int32_t groups, stages, splits;
+};
+
+// More of them gain nothing, since one is read while the others are on their way.
+constexpr int32_t kStagedUsefulStages = kStagedMostStages < 4 ? kStagedMostStages : 4;
+
+// The most stages for which a block's shared memory suffices, fewer than 2 if it does not.
+constexpr int32_t staged_stages(int width, int32_t groups, int block_elems, int block_bytes,
+                                int shared_bytes) {
+  StagedArgs args = {};
+  args.groups = groups;
+  args.stages = kStagedUsefulStages;
+  while (args.stages >= 2 && staged_shared_bytes(args, kStagedColumns[width], block_elems,
+                                                 block_bytes) > shared_bytes) {
+    --args.stages;
+  }
+  return args.stages;
+}
+
+// One wave of blocks, as many as there are multiprocessors for: the fewest rows of W to a block
+// that leave no block over, and K split where there are too few rows, in parts of two units or
+// more.
+constexpr StagedPlan staged_plan(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
+                                 int multiprocessors, int shared_bytes) {
+  const int64_t total = n < kGroupRows ? 1 : n / kGroupRows;
+  const int64_t most_splits = (k + kStagedUnit - 1) / kStagedUnit / 2;
+  int width = 0;
+  while (width < kStagedWidths - 1 && kStagedColumns[width] < m) ++width;
+  for (;; --width) {
+    const int64_t column_blocks = (m + kStagedColumns[width] - 1) / kStagedColumns[width];
+    const int64_t most_blocks =
+        column_blocks < 1 ? multiprocessors : multiprocessors / column_blocks;
+    const int64_t fewest = (total + kStagedMostGroups - 1) / kStagedMostGroups;
+    int64_t splits = most_blocks / fewest;
+    splits = splits > most_splits ? most_splits : splits;
+    splits = splits < 1 ? 1 : splits;
+    int32_t groups = 1;
+    while (groups < kStagedMostGroups && (total + groups - 1) / groups * splits > most_blocks) {
+      ++groups;
+    }
+    int32_t stages = staged_stages(width, groups, block_elems, block_bytes, shared_bytes);
+    if (stages < 2 && width > 0) continue;
+    while (stages < 2 && groups > 1) {
+      stages = staged_stages(width, --groups, block_elems, block_bytes, shared_bytes);
+    }
+    return {width, groups, stages < 2 ? 2 : stages, static_cast<int32_t>(splits)};
   }
 }
 

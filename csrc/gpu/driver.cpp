@@ -15,6 +15,8 @@ namespace {
 constexpr int kHipMultiprocessorCount = 63;
 constexpr int kCudaMultiprocessorCount = 16;
 constexpr int kCudaMajor = 75, kCudaMinor = 76;
+constexpr int kCudaSharedBytes = 97;        // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+constexpr int kCudaDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr Result kCudaInvalidContext = 201;
 
 // hipDeviceProp_t as hipGetDevicePropertiesR0600 fills it: the structure of ROCm 6.0, to which only
@@ -84,6 +86,7 @@ Driver::Driver(const char* op) {
     resolve(op, "cuCtxGetCurrent", cu_context_get_);
     resolve(op, "cuCtxSetCurrent", cu_context_set_);
     resolve(op, "cuDevicePrimaryCtxRetain", cu_primary_retain_);
+    resolve(op, "cuFuncSetAttribute", cu_function_set_);
     cu_function_load_ = reinterpret_cast<Result (*)(Function)>(dlsym(library_, "cuFuncLoad"));
   }
 }
@@ -105,21 +108,33 @@ Result Driver::get_function(Function* function, Module module, const char* name)
   return result != 0 || !cu_function_load_ ? result : cu_function_load_(*function);
 }
 
+Result Driver::allow_shared_bytes(Function function, int bytes) const {
+  return hip_ ? 0 : cu_function_set_(function, kCudaDynamicSharedBytes, bytes);
+}
+
 Result Driver::cuda_device(int device, int* handle) const { return cu_device_get_(handle, device); }
 
-Result Driver::get_multiprocessors(int device, int* count) const {
-  if (hip_) return get_attribute_(count, kHipMultiprocessorCount, device);
+Result Driver::cuda_attribute(int device, int attribute, int* value) const {
   int handle = 0;
   const Result result = cuda_device(device, &handle);
-  return result != 0 ? result : get_attribute_(count, kCudaMultiprocessorCount, handle);
+  return result != 0 ? result : get_attribute_(value, attribute, handle);
+}
+
+Result Driver::get_multiprocessors(int device, int* count) const {
+  return hip_ ? get_attribute_(count, kHipMultiprocessorCount, device)
+              : cuda_attribute(device, kCudaMultiprocessorCount, count);
+}
+
+Result Driver::get_shared_bytes(int device, int* bytes) const {
+  *bytes = 0;
+  return hip_ ? 0 : cuda_attribute(device, kCudaSharedBytes, bytes);
 }
 
 std::string Driver::architecture(const char* op, int device) const {
   if (!hip_) {
-    int handle = 0, major = 0, minor = 0;
-    Result result = cuda_device(device, &handle);
-    if (result == 0) result = get_attribute_(&major, kCudaMajor, handle);
-    if (result == 0) result = get_attribute_(&minor, kCudaMinor, handle);
+    int major = 0, minor = 0;
+    Result result = cuda_attribute(device, kCudaMajor, &major);
+    if (result == 0) result = cuda_attribute(device, kCudaMinor, &minor);
     TORCH_Q4_CHECK(result == 0, op, ": device ", device, " must have a compute capability, got ",
                    describe(result));
     return "sm_" + std::to_string(major) + std::to_string(minor);

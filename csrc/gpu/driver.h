@@ -28,11 +28,17 @@ class Driver {
     return module_load_(module, image);
   }
   Result get_function(Function* function, Module module, const char* name) const;
-  Result launch(Function function, unsigned grid_x, unsigned grid_y, unsigned block, Stream stream,
-                void** params) const {
-    return launch_(function, grid_x, grid_y, 1, block, 1, 1, 0, stream, params, nullptr);
+  // Lets the function be launched with so much dynamic shared memory. CUDA wants to be told of more
+  // than 48 kB, HIP does not.
+  Result allow_shared_bytes(Function function, int bytes) const;
+  Result launch(Function function, unsigned grid_x, unsigned grid_y, unsigned threads,
+                unsigned shared_bytes, Stream stream, void** params) const {
+    return launch_(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, params,
+                   nullptr);
   }
   Result get_multiprocessors(int device, int* count) const;
+  // The most that allow_shared_bytes may name; 0 for HIP.
+  Result get_shared_bytes(int device, int* bytes) const;
   // "gfx90a" or "sm_90".
   std::string architecture(const char* op, int device) const;
   // "hipErrorInvalidImage (device kernel image is invalid)"
@@ -64,6 +70,7 @@ class Driver {
   template <class Pointer>
   void resolve(const char* op, const char* name, Pointer& pointer) const;
   Result cuda_device(int device, int* handle) const;
+  Result cuda_attribute(int device, int attribute, int* value) const;
 
   void* library_ = nullptr;
   std::string path_;
@@ -88,6 +95,7 @@ class Driver {
   Result (*cu_context_get_)(void** context) = nullptr;
   Result (*cu_context_set_)(void* context) = nullptr;
   Result (*cu_primary_retain_)(void** context, int handle) = nullptr;
+  Result (*cu_function_set_)(Function, int attribute, int value) = nullptr;
   Result (*cu_function_load_)(Function) = nullptr;  // null before CUDA 12.4
 };
 

@@ -2,6 +2,7 @@
 
 #include "common.h"
 #include "dispatch.h"
+#include "plans.h"
 
 namespace torch_q4::gpu {
 namespace {
@@ -46,16 +47,59 @@ void matvec(const Call& call, const LinearArgs& args, bool int8) {
           [&](const LinearArgs& part) { call.run(kernel, rows_grid(part, columns), part); });
 }
 
+// The last ones of a packed weight, which the matrix kernels leave out.
+void rows_that_are_not_packed(const Call& call, LinearArgs args) {
+  args.row_begin = args.n / kGroupRows * kGroupRows;
+  args.row_end = args.n;
+  if (args.row_begin < args.n) matvec(call, args, /*int8=*/false);
+}
+
 void matmul(const Call& call, LinearArgs args, int width) {
   const int columns = kMatmulColumns[width];
-  const int64_t whole = args.n / kGroupRows * kGroupRows;
-  args.row_end = whole;
+  args.row_end = args.n / kGroupRows * kGroupRows;
   by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
     call.run(matmul_kernel(args.dtype, width), rows_grid(part, columns), part);
   });
-  args.row_begin = whole;  // rows that are not packed
-  args.row_end = args.n;
-  if (whole < args.n) matvec(call, args, /*int8=*/false);
+  rows_that_are_not_packed(call, args);
+}
+
+// Adds up `partial`, (splits, rows of out, rows of W).
+SumArgs sum_args(const Tensor& partial, void* out, DType dtype) {
+  SumArgs args = {};
+  args.partial = static_cast<const float*>(partial.const_data_ptr());
+  args.out = out;
+  args.splits = static_cast<int32_t>(partial.size(0));
+  args.count = partial.numel() / args.splits;
+  args.rows = args.n = partial.size(2);
+  args.dtype = dtype;
+  return args;
+}
+
+void staged(const Call& call, LinearArgs args) {
+  const FormatInfo& format = call.format;
+  const DeviceInfo& info = call.info();
+  const StagedPlan plan = staged_plan(args.m, args.n, args.k, format.block_elems,
+                                      format.block_bytes, info.multiprocessors, info.shared_bytes);
+  const int columns = kStagedColumns[plan.width];
+  args.row_end = args.n / kGroupRows * kGroupRows;
+  by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    if (part.row_end == 0) return;
+    StagedArgs all = {part, nullptr, plan.groups, plan.stages, plan.splits};
+    std::optional<Tensor> partial;
+    if (plan.splits > 1) {
+      partial = call.empty({plan.splits, part.m, part.row_end}, ScalarType::Float);
+      all.partial = static_cast<float*>(partial->mutable_data_ptr());
+    }
+    const int bytes = staged_shared_bytes(all, columns, format.block_elems, format.block_bytes);
+    call.run(staged_kernel(args.dtype, plan.width), staged_grid(all, columns), all,
+             {static_cast<unsigned>(staged_threads(columns)), static_cast<unsigned>(bytes)});
+    if (!partial) return;
+    SumArgs sum = sum_args(*partial, part.out, part.dtype);
+    sum.bias = part.bias;
+    sum.n = part.n;
+    call.run_common(kSumSplits, sum_grid(sum), sum);
+  });
+  rows_that_are_not_packed(call, args);
 }
 
 void matvec_of_int8(const Call& call, LinearArgs args) {
@@ -115,7 +159,7 @@ Tensor linear_by_blas(const Call& call, const Tensor& x, const Tensor& blocks,
   return out;
 }
 
-// `given` decides in place of the table.
+// `given` decides in place of plans and the table.
 Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const FormatInfo& format,
                   const std::optional<Tensor>& bias, bool int8, bool packed,
                   const LinearKernel* given) {
@@ -139,8 +183,10 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
   }
 
   const LinearKernel kernel =
-      given ? *given
-            : choose_linear({args.dtype, int8, packed, args.m, args.n, args.k, call.info().family});
+      given
+          ? *given
+          : planned_linear(call.device, format.index,
+                           {args.dtype, int8, packed, args.m, args.n, args.k, call.info().family});
   const Tensor source = aligned(x), weight = aligned(blocks);
   if (kernel == LinearKernel::kBlas) {
     return linear_by_blas(call, source, weight, bias, packed, std::move(shape));
@@ -160,6 +206,9 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
     case LinearKernel::kMatmul64:
       matmul(call, args, kernel == LinearKernel::kMatmul16 ? 0 : 1);
       break;
+    case LinearKernel::kStaged:
+      staged(call, args);
+      break;
     case LinearKernel::kMatvecInt8:
       matvec_of_int8(call, args);
       break;
@@ -175,38 +224,24 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
   return run_linear("linear", x, blocks, format, bias, compute == "int8", packed, nullptr);
 }
 
-constexpr struct {
-  const char* name;
-  LinearKernel kernel;
-} kLinearKernelNames[] = {{"element", LinearKernel::kElement},
-                          {"matvec", LinearKernel::kMatvec},
-                          {"matmul_16", LinearKernel::kMatmul16},
-                          {"matmul_64", LinearKernel::kMatmul64},
-                          {"blas", LinearKernel::kBlas}};
-
 // `linear` by a kernel of the caller's choice, for tests and experiments.
 Tensor linear_with(const Tensor& x, const Tensor& blocks, int64_t format_id,
                    std::optional<Tensor> bias, std::string compute, bool packed,
                    std::string kernel) {
   const char* op = "_linear_with";
   const FormatInfo format = check_linear(x, blocks, format_id, bias, compute);
+  const LinearKernelInfo& info = find_linear_kernel(op, kernel);
   const bool int8 = compute == "int8";
-  std::string known;
-  for (const auto& [name, which] : kLinearKernelNames) {
-    known += (known.empty() ? "" : ", ") + std::string(name);
-    if (kernel != name) continue;
-    const bool matmul = which == LinearKernel::kMatmul16 || which == LinearKernel::kMatmul64;
-    TORCH_Q4_CHECK(!int8 || which == LinearKernel::kMatvec, op,
-                   ": kernel must be matvec for compute int8, got ", kernel);
-    TORCH_Q4_CHECK(!matmul || packed, op, ": blocks must be packed for ", kernel,
-                   ", got canonical ones");
-    TORCH_Q4_CHECK(!matmul || x.scalar_type() != ScalarType::Float, op,
-                   ": x must be float16 or bfloat16 for ", kernel, ", got ",
-                   dtype_name(x.scalar_type()));
-    const LinearKernel given = int8 ? LinearKernel::kMatvecInt8 : which;
-    return run_linear(op, x, blocks, format, bias, int8, packed, &given);
-  }
-  fail(op, ": kernel must be one of ", known, ", got ", kernel);
+  TORCH_Q4_CHECK(!int8 || info.kernel == LinearKernel::kMatvec, op,
+                 ": kernel must be matvec for compute int8, got ", kernel);
+  TORCH_Q4_CHECK(takes_layout(info, packed), op, ": blocks must be packed for ", kernel,
+                 ", got canonical ones");
+  TORCH_Q4_CHECK(takes_dtype(info, dtype_of(x.scalar_type())), op,
+                 ": x must be float16 or bfloat16 for ", kernel, ", got ",
+                 dtype_name(x.scalar_type()));
+  check_kernel_runs_on(op, info, x.get_device_index());
+  const LinearKernel given = int8 ? LinearKernel::kMatvecInt8 : info.kernel;
+  return run_linear(op, x, blocks, format, bias, int8, packed, &given);
 }
 
 // out = a @ b. This form of torch's product, unlike the others, does not heed autocast, which would
@@ -219,13 +254,8 @@ void dense_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over what the call returned
 }
 
-void sum_splits(const Call& call, const Tensor& partial, const Tensor& out, int64_t splits) {
-  SumArgs args;
-  args.partial = static_cast<const float*>(partial.const_data_ptr());
-  args.out = out.mutable_data_ptr();
-  args.count = partial.numel() / splits;
-  args.splits = static_cast<int32_t>(splits);
-  args.dtype = dtype_of(out.scalar_type());
+void sum_splits(const Call& call, const Tensor& partial, const Tensor& out) {
+  const SumArgs args = sum_args(partial, out.mutable_data_ptr(), dtype_of(out.scalar_type()));
   call.run_common(kSumSplits, sum_grid(args), args);
 }
 
@@ -249,7 +279,7 @@ void transposed_by_blas(const Call& call, const Tensor& grad, const Tensor& bloc
     dequantize_panel(call, blocks, packed, begin, begin + count, dtype, panel);
     dense_matmul(narrow(all_grad, 1, begin, count), narrow(panel, 0, 0, count), product);
     copy_(begin == 0 ? sum : next, product);
-    if (begin > 0) sum_splits(call, partial, begin + count < n ? sum : out, 2);
+    if (begin > 0) sum_splits(call, partial, begin + count < n ? sum : out);
   }
 }
 
@@ -267,7 +297,7 @@ void transposed_by_kernel(const Call& call, const Tensor& grad, const Tensor& bl
   const Tensor partial = call.empty({args.splits, args.m, args.k}, ScalarType::Float);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
   call.run(transposed_kernel(args.dtype), transposed_grid(args), args);
-  sum_splits(call, partial, out, args.splits);
+  sum_splits(call, partial, out);
 }
 
 Tensor linear_transposed(const Tensor& grad, const Tensor& blocks, int64_t format_id, bool packed) {

@@ -121,7 +121,10 @@ bool serves_one(const std::string& built, const std::string& architecture) {
 }
 
 Family family_of(const std::string& architecture) {
-  if (architecture.rfind("gfx", 0) != 0) return Family::kNvidia;
+  if (architecture.rfind("gfx", 0) != 0) {
+    const bool has_staged = std::string(built_for_cuda()).find("90a") != std::string::npos;
+    return architecture == "sm_90" && has_staged ? Family::kHopper : Family::kNvidia;
+  }
   const bool no_matrix =
       architecture.rfind("gfx10", 0) == 0 ||
       (architecture.rfind("gfx90", 0) == 0 && architecture != "gfx908" && architecture != "gfx90a");
@@ -130,8 +133,10 @@ Family family_of(const std::string& architecture) {
 
 // The command that builds kernels for this architecture.
 std::string rebuild_command(const Driver& driver, const std::string& architecture) {
-  const std::string setting = driver.is_hip() ? "TORCH_Q4_ROCM_ARCH=" + architecture
-                                              : "TORCH_Q4_CUDA_ARCH=" + architecture.substr(3);
+  // Some kernels are for sm_90a only.
+  const std::string number = architecture.substr(3) + (architecture == "sm_90" ? "a" : "");
+  const std::string setting =
+      driver.is_hip() ? "TORCH_Q4_ROCM_ARCH=" + architecture : "TORCH_Q4_CUDA_ARCH=" + number;
   return setting + " pip install --no-build-isolation .";
 }
 
@@ -173,6 +178,8 @@ Module find_module(const char* op, const Driver& driver, CodeObject object, int 
   return module = loaded;
 }
 
+bool is_staged(Kernel kernel) { return kernel >= kStaged && kernel < kQuantizeActivations; }
+
 // The first use of a kernel on a device.
 Function load_kernel(const char* op, CodeObject object, Kernel kernel, int device) {
   const DeviceInfo& info = device_info(op, device);
@@ -190,6 +197,12 @@ Function load_kernel(const char* op, CodeObject object, Kernel kernel, int devic
   TORCH_Q4_CHECK(result == 0, op, ": ", object_path(driver, object), " must hold the kernel ",
                  kernel_name(kernel), " for ", info.architecture, ", got ",
                  driver.describe(result));
+  if (is_staged(kernel)) {
+    result = driver.allow_shared_bytes(function, info.shared_bytes);
+    TORCH_Q4_CHECK(result == 0, op, ": ", kernel_name(kernel), " must be allowed ",
+                   info.shared_bytes, " bytes of shared memory on ", info.architecture, ", got ",
+                   driver.describe(result));
+  }
   slot.store(function, std::memory_order_release);
   return function;
 }
@@ -227,9 +240,14 @@ std::string kernel_name(Kernel kernel) {
                       kMatvecColumns[place % kMatvecWidths]);
   }
   if (kernel < kMatmul) return with_width("matvec_int8", kMatvecColumns[kernel - kMatvecInt8]);
-  const int place = kernel - kMatmul;
-  return with_width(std::string("matmul_") + kSuffixes[1 + place / kMatmulWidths],
-                    kMatmulColumns[place % kMatmulWidths]);
+  if (kernel < kStaged) {
+    const int place = kernel - kMatmul;
+    return with_width(std::string("matmul_") + kSuffixes[1 + place / kMatmulWidths],
+                      kMatmulColumns[place % kMatmulWidths]);
+  }
+  const int place = kernel - kStaged;
+  return with_width(std::string("staged_") + kSuffixes[1 + place / kStagedWidths],
+                    kStagedColumns[place % kStagedWidths]);
 }
 
 const DeviceInfo& device_info(const char* op, int device) {
@@ -241,8 +259,11 @@ const DeviceInfo& device_info(const char* op, int device) {
   DeviceInfo info;
   info.architecture = driver.architecture(op, device);
   info.family = family_of(info.architecture);
-  const Result result = driver.get_multiprocessors(device, &info.multiprocessors);
+  Result result = driver.get_multiprocessors(device, &info.multiprocessors);
   TORCH_Q4_CHECK(result == 0, op, ": device ", device, " must tell its multiprocessors, got ",
+                 driver.describe(result));
+  result = driver.get_shared_bytes(device, &info.shared_bytes);
+  TORCH_Q4_CHECK(result == 0, op, ": device ", device, " must tell its shared memory, got ",
                  driver.describe(result));
   infos[device].store(new DeviceInfo(info), std::memory_order_release);
   return *infos[device].load(std::memory_order_relaxed);
@@ -255,14 +276,16 @@ void* find_kernel(const char* op, CodeObject object, Kernel kernel, int device) 
 }
 
 void launch_raw(const char* op, CodeObject object, Kernel kernel, int device, void* stream,
-                Grid grid, const void* args) {
+                Grid grid, Block block, const void* args) {
   const Function function = find_kernel(op, object, kernel, device);
   const Driver& driver = gpu::driver(op);
   void* params[] = {const_cast<void*>(args)};
-  Result result = driver.launch(function, grid.x, grid.y, kBlockThreads, stream, params);
-  if (driver.lacks_context(result) && (result = driver.bind_context(device)) == 0) {
-    result = driver.launch(function, grid.x, grid.y, kBlockThreads, stream, params);
-  }
+  const auto run = [&] {
+    return driver.launch(function, grid.x, grid.y, block.threads, block.shared_bytes, stream,
+                         params);
+  };
+  Result result = run();
+  if (driver.lacks_context(result) && (result = driver.bind_context(device)) == 0) result = run();
   TORCH_Q4_CHECK(result == 0, op, ": the launch of ", kObjectNames[object], "'s ",
                  kernel_name(kernel), " must succeed, with a grid of ", grid.x, " x ", grid.y,
                  " on device ", device, ", ", device_info(op, device).architecture, ", got ",

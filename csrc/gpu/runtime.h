@@ -27,6 +27,7 @@ enum CodeObject : int {
 constexpr int kDTypes = 3;
 constexpr int kMatvecWidths = sizeof(kMatvecColumns) / sizeof(int);
 constexpr int kMatmulWidths = sizeof(kMatmulColumns) / sizeof(int);
+constexpr int kStagedWidths = sizeof(kStagedColumns) / sizeof(int);
 
 // The entry points of kernels/arguments.h. Families are addressed by the functions below.
 enum Kernel : int {
@@ -40,20 +41,24 @@ enum Kernel : int {
   kMatvec = kTransposed + kDTypes,
   kMatvecInt8 = kMatvec + kDTypes * kMatvecWidths,
   kMatmul = kMatvecInt8 + kMatvecWidths,
-  kQuantizeActivations = kMatmul + (kDTypes - 1) * kMatmulWidths,
+  kStaged = kMatmul + (kDTypes - 1) * kMatmulWidths,
+  kQuantizeActivations = kStaged + (kDTypes - 1) * kStagedWidths,
   kSumSplits,
   kKernelCount
 };
 
 constexpr Kernel element_kernel(DType dtype) { return Kernel(kElement + dtype); }
 constexpr Kernel transposed_kernel(DType dtype) { return Kernel(kTransposed + dtype); }
-// `width` is a position in kMatvecColumns or kMatmulColumns.
+// `width` is a position in kMatvecColumns, kMatmulColumns or kStagedColumns.
 constexpr Kernel matvec_kernel(DType dtype, int width) {
   return Kernel(kMatvec + dtype * kMatvecWidths + width);
 }
 constexpr Kernel matvec_int8_kernel(int width) { return Kernel(kMatvecInt8 + width); }
 constexpr Kernel matmul_kernel(DType dtype, int width) {
   return Kernel(kMatmul + (dtype - 1) * kMatmulWidths + width);
+}
+constexpr Kernel staged_kernel(DType dtype, int width) {
+  return Kernel(kStaged + (dtype - 1) * kStagedWidths + width);
 }
 
 // The entry point's name: "matvec_f16_4".
@@ -66,12 +71,14 @@ enum class Family {
   kNvidia,
   kAmdMatrix,    // matrix cores: MFMA of CDNA, WMMA of RDNA 3 and later
   kAmdNoMatrix,  // gfx906, RDNA 1 and 2
+  kHopper,       // sm_90 where the build has code for sm_90a, which alone has staged_T_C
 };
 
 struct DeviceInfo {
   std::string architecture;  // "gfx90a", "sm_90"
   Family family;
   int multiprocessors;
+  int shared_bytes;  // the most dynamic shared memory of a block of staged_T_C; 0 for HIP
 };
 
 // Looked up once per device.
@@ -80,15 +87,21 @@ const DeviceInfo& device_info(const char* op, int device);
 // Loads what is not loaded yet; `device` must be the current one.
 void* find_kernel(const char* op, CodeObject object, Kernel kernel, int device);
 
+// What each block of a launch has.
+struct Block {
+  unsigned threads = kBlockThreads;
+  unsigned shared_bytes = 0;  // dynamic ones
+};
+
 void launch_raw(const char* op, CodeObject object, Kernel kernel, int device, void* stream,
-                Grid grid, const void* args);
+                Grid grid, Block block, const void* args);
 
 // One launch on `device`, which must be current. An empty grid is no launch.
 template <class Args>
 void launch(const char* op, CodeObject object, Kernel kernel, int device, void* stream, Grid grid,
-            const Args& args) {
+            const Args& args, Block block = {}) {
   if (grid.x == 0 || grid.y == 0) return;
-  launch_raw(op, object, kernel, device, stream, grid, &args);
+  launch_raw(op, object, kernel, device, stream, grid, block, &args);
 }
 
 // The architectures that the build compiled for, blank-separated, "" for none.

@@ -98,9 +98,9 @@ struct Q2_K {
     const uint32_t low = part < 2 ? row.template word<4>() : row.template word<6>();
     const uint32_t high = part < 2 ? row.template word<5>() : row.template word<7>();
     for (int i = 0; i < 4; ++i) {
-      const uint32_t byte = (i < 2 ? low : high) >> (part % 2 * 8 + i % 2 * 16);
-      scales[i] = d * static_cast<float>(byte & 0xF);
-      shifts[i] = -(dmin * static_cast<float>(byte >> 4 & 0xF));
+      const uint32_t bytes = (i < 2 ? low : high) >> part % 2 * 8;
+      scales[i] = d * byte_to_float(bytes & 0x000F000F, i % 2 * 2);
+      shifts[i] = -(dmin * byte_to_float(bytes >> 4 & 0x000F000F, i % 2 * 2));
     }
   }
 

@@ -78,13 +78,12 @@ struct Q3_K {
   TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
                                                float* /*shifts*/) {
     const float d = row.template half<9>();
-    const uint32_t tops = row.template word<8>() >> part / 2 * 4;
+    const int bit = part % 2 * 8 + part / 2 * 4;
+    const uint32_t tops = row.template word<8>() >> bit;
     for (int i = 0; i < 4; ++i) {
-      const uint32_t lows = i < 2 ? row.template word<6>() : row.template word<7>();
-      const int bit = part % 2 * 8 + i % 2 * 16;
-      const uint32_t low = lows >> (bit + part / 2 * 4) & 0xF;
-      const uint32_t top = tops >> (bit + i / 2 * 2) & 3;
-      scales[i] = d * static_cast<float>(static_cast<int32_t>(low | top << 4) - 32);
+      const uint32_t lows = (i < 2 ? row.template word<6>() : row.template word<7>()) >> bit;
+      const uint32_t codes = (lows & 0x000F000F) | (tops >> i / 2 * 2 & 0x00030003) << 4;
+      scales[i] = d * (byte_to_float(codes, i % 2 * 2) - 32);
     }
   }
 

@@ -76,8 +76,8 @@ struct Q6_K {
     const uint32_t low = part < 2 ? row.template word<12>() : row.template word<14>();
     const uint32_t high = part < 2 ? row.template word<13>() : row.template word<15>();
     for (int i = 0; i < 4; ++i) {
-      const uint32_t byte = (i < 2 ? low : high) >> (part % 2 * 8 + i % 2 * 16);
-      scales[i] = d * static_cast<float>(static_cast<int32_t>(byte << 24) >> 24);
+      const uint32_t bytes = (i < 2 ? low : high) >> part % 2 * 8 ^ 0x00800080;
+      scales[i] = d * (byte_to_float(bytes, i % 2 * 2) - 128);
     }
   }
 

@@ -47,8 +47,8 @@ TORCH_Q4_HOST_DEVICE inline void part_6bit_pairs(uint32_t low, uint32_t mid, uin
   const uint32_t minimum =
       first ? mid & 0x3F3F3F3Fu : (high >> 4 & 0x0F0F0F0Fu) | (mid >> 2 & 0x30303030u);
   for (int i = 0; i < 4; ++i) {
-    scales[i] = d * static_cast<float>(scale >> 8 * i & 0xFF);
-    shifts[i] = -(dmin * static_cast<float>(minimum >> 8 * i & 0xFF));
+    scales[i] = d * byte_to_float(scale, i);
+    shifts[i] = -(dmin * byte_to_float(minimum, i));
   }
 }
 

@@ -13,6 +13,13 @@ MATVEC_COLUMNS = (1, 2, 4, 8)
 MATMUL_COLUMNS = (16, 64)
 TRANSPOSED_ROWS = 4
 PANEL_COLUMNS = 512
+STAGED_COLUMNS = (8, 16, 32, 64, 128)
+STAGED_UNIT = 256
+STAGED_MOST_GROUPS = 8
+STAGED_PRODUCERS = 128
+STAGED_MOST_STAGES = 6
+STAGED_BARRIER_BYTES = 128
+STAGED_SUM_STRIDE = 20
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 
@@ -38,6 +45,16 @@ class LinearArgs(ctypes.Structure):
         ("row_end", _Size),
         ("packed", _Int),
         ("dtype", _Int),
+    ]
+
+
+class StagedArgs(ctypes.Structure):
+    _fields_ = [
+        ("linear", LinearArgs),
+        ("partial", _Pointer),
+        ("groups", _Int),
+        ("stages", _Int),
+        ("splits", _Int),
     ]
 
 
@@ -85,8 +102,11 @@ class TransposedArgs(ctypes.Structure):
 class SumArgs(ctypes.Structure):
     _fields_ = [
         ("partial", _Pointer),
+        ("bias", _Pointer),
         ("out", _Pointer),
         ("count", _Size),
+        ("rows", _Size),
+        ("n", _Size),
         ("splits", _Int),
         ("dtype", _Int),
     ]
@@ -123,6 +143,7 @@ class ActivationArgs(ctypes.Structure):
 
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
     LinearArgs,
+    StagedArgs,
     DequantizeArgs,
     EmbeddingArgs,
     TransposedArgs,
@@ -162,6 +183,34 @@ def rows_grid(a: LinearArgs, columns: int) -> Grid:
 
 def transposed_grid(a: TransposedArgs) -> Grid:
     return ceil_div(a.k, 256) * a.splits, ceil_div(a.m, TRANSPOSED_ROWS)
+
+
+def staged_share(columns: int) -> int:
+    return 1 if columns > 32 else 2
+
+
+def staged_threads(columns: int) -> int:
+    return 32 * STAGED_MOST_GROUPS * staged_share(columns) + STAGED_PRODUCERS
+
+
+def staged_offset(block_elems: int, offset: int) -> int:
+    return offset + offset // (1024 if block_elems == 256 else 8192) * 64
+
+
+def staged_block_bytes(block_elems: int, block_bytes: int) -> int:
+    return ceil_div(staged_offset(block_elems, GROUP_ROWS * block_bytes - 16) + 16, 32) * 32
+
+
+def staged_shared_bytes(a: StagedArgs, columns: int, block_elems: int, block_bytes: int) -> int:
+    x = STAGED_UNIT // 16 * (columns * 16 * 2 + 16)
+    weights = STAGED_UNIT // block_elems * staged_block_bytes(block_elems, block_bytes)
+    sums = staged_share(columns) * STAGED_MOST_GROUPS * columns * STAGED_SUM_STRIDE * 4
+    return STAGED_BARRIER_BYTES + max(a.stages * (x + a.groups * weights), sums)
+
+
+def staged_grid(a: StagedArgs, columns: int) -> Grid:
+    groups = (a.linear.row_end - a.linear.row_begin) // GROUP_ROWS
+    return ceil_div(groups, a.groups) * a.splits, ceil_div(a.linear.m, columns)
 
 
 def sum_grid(a: SumArgs) -> Grid:

@@ -30,6 +30,7 @@ from weights import (
 )
 
 EPS32 = F32.eps
+HOPPER_SHARED_BYTES = 232448  # that a block may have
 COMMON = "common"  # the code object of kernels that no format enters into
 
 
@@ -40,6 +41,7 @@ class Case:
     code_object: str
     kernel: str
     run: Callable[[Session, int, np.random.Generator, int], None]  # function, numbers, size
+    optional: bool = False  # not in the code for every device
 
 
 def all_cases() -> Iterator[Case]:
@@ -69,6 +71,10 @@ def _format_cases(fmt: Format) -> Iterator[Case]:
     for columns in args.MATMUL_COLUMNS:
         for dtype in FLOATS[1:]:
             yield case(f"matmul_{dtype.name}_{columns}", _matmul, dtype, columns)
+    for columns in args.STAGED_COLUMNS:
+        for dtype in FLOATS[1:]:
+            one = case(f"staged_{dtype.name}_{columns}", _staged, dtype, columns)
+            yield dataclasses.replace(one, optional=True)
     for dtype in FLOATS:
         yield case(f"transposed_{dtype.name}", _transposed, dtype)
 
@@ -322,8 +328,57 @@ def _written(session: Session, out: Any, shape: Shape) -> np.ndarray:
     return bits[:, shape.begin : shape.end]
 
 
-def _grid(a: args.LinearArgs, columns: int) -> args.Grid:
-    return args.rows_grid(a, columns) if columns else args.element_grid(a)
+Launch = Callable[[args.LinearArgs], None]
+
+
+def _launcher(session: Session, function: int, columns: int) -> Launch:
+    """``columns`` is 0 for the kernel that computes one output a thread."""
+
+    def launch(a: args.LinearArgs) -> None:
+        grid = args.rows_grid(a, columns) if columns else args.element_grid(a)
+        session.launch(function, grid, a)
+
+    return launch
+
+
+def _staged_launcher(
+    session: Session,
+    function: int,
+    fmt: Format,
+    columns: int,
+    groups: int,
+    stages: int,
+    splits: int,
+) -> Launch:
+    """Fewer stages where shared memory has no room, fewer splits where K has fewer units."""
+    sizes = columns, fmt.block_elems, fmt.block_bytes
+
+    def launch(a: args.LinearArgs) -> None:
+        staged = args.StagedArgs(linear=a, groups=groups, stages=stages)
+        staged.splits = min(splits, args.ceil_div(a.k, args.STAGED_UNIT))
+        while args.staged_shared_bytes(staged, *sizes) > HOPPER_SHARED_BYTES:
+            staged.stages -= 1
+        shape = staged.splits, a.m, a.row_end - a.row_begin
+        partial = session.output(shape, np.float32) if staged.splits > 1 else None
+        staged.partial = partial.address if partial else None
+        grid, threads = args.staged_grid(staged, columns), args.staged_threads(columns)
+        session.launch(function, grid, staged, threads, args.staged_shared_bytes(staged, *sizes))
+        if partial is None:
+            return
+        partial.read()  # looks at its guards
+        sums = args.SumArgs(
+            partial=partial.address,
+            bias=a.bias + 2 * a.row_begin if a.bias else None,
+            out=a.out + 2 * a.row_begin,
+            count=a.m * shape[2],
+            rows=shape[2],
+            n=a.n,
+            splits=staged.splits,
+            dtype=a.dtype,
+        )
+        session.launch(session.kernel(COMMON, "sum_splits"), args.sum_grid(sums), sums)
+
+    return launch
 
 
 def check_exact(
@@ -375,13 +430,13 @@ def _linear(
     dtype: Float,
     columns: int,
 ) -> None:
-    """``columns`` is 0 for the kernel that computes one output a thread."""
-    _products(session, function, rng, _row_shapes(fmt, columns, size), fmt, dtype, columns)
+    launch = _launcher(session, function, columns)
+    _products(session, rng, _row_shapes(fmt, columns, size), fmt, dtype, launch)
     # The element kernel's time goes with the outputs; it has no fragments to get wrong.
     k = 256 if columns else 32 * (fmt.block_elems // 32)
     rows = np.arange(k)
     for packed in (True, False):
-        _one_hot(session, function, rng, fmt, dtype, columns, rows, k, packed)
+        _one_hot(session, rng, fmt, dtype, launch, rows, k, packed)
 
 
 def _matmul(
@@ -393,23 +448,60 @@ def _matmul(
     dtype: Float,
     columns: int,
 ) -> None:
-    _products(session, function, rng, _tile_shapes(fmt, size), fmt, dtype, columns)
+    launch = _launcher(session, function, columns)
+    _products(session, rng, _tile_shapes(fmt, size), fmt, dtype, launch)
+    _one_hot_tiles(session, rng, fmt, dtype, columns, launch)
+
+
+def _staged(
+    session: Session,
+    function: int,
+    rng: np.random.Generator,
+    size: int,
+    fmt: Format,
+    dtype: Float,
+    columns: int,
+) -> None:
+    start = functools.partial(_staged_launcher, session, function, fmt, columns)
+    # Several units of K, the last one with a single block where blocks are small.
+    k = 1280 + 32 * (fmt.block_elems == 32)
+    for number, (groups, stages, splits) in enumerate(
+        ((1, 2, 1), (3, 4, 1), (8, 2, 1), (1, 4, 3), (3, 2, 3), (8, 4, 3))
+    ):
+        m = (1, columns - 1, columns, columns + 1, 2 * columns + 1, 3)[number]
+        launch = start(groups, stages, splits)
+        shapes = [
+            Shape(16 * (groups + 1), k, m, 0, 16 * (groups + 1), True, bool(number % 2)),
+            Shape(16 * groups + 23, k, min(m, 9), 16, 16 * groups + 16, True, True),
+            *_tile_shapes(fmt, size)[number % 2 :: 2],
+        ]
+        _products(session, rng, shapes, fmt, dtype, launch)
+    _one_hot_tiles(session, rng, fmt, dtype, columns, start(8, 4, 1))
+
+
+def _one_hot_tiles(
+    session: Session,
+    rng: np.random.Generator,
+    fmt: Format,
+    dtype: Float,
+    columns: int,
+    launch: Launch,
+) -> None:
     one, odd, _ = _widths(fmt, 1)
     for k in sorted({one, odd if one == 32 else one, 256}):
         # Column p of tile t selects element t + 7 p: over K tiles each column selects each.
         tile, column = np.divmod(np.arange(k * columns), columns)
         chosen = (tile + 7 * column) % k
-        _one_hot(session, function, rng, fmt, dtype, columns, chosen, k, True)
+        _one_hot(session, rng, fmt, dtype, launch, chosen, k, True)
 
 
 def _products(
     session: Session,
-    function: int,
     rng: np.random.Generator,
     shapes: list[Shape],
     fmt: Format,
     dtype: Float,
-    columns: int,
+    launch: Launch,
 ) -> None:
     for shape in shapes:
         weight = make_weight(fmt, shape.n, shape.k, rng)
@@ -417,7 +509,7 @@ def _products(
         bias = dtype.encode(rng.standard_normal(shape.n)) if shape.bias else None
         a, out = _linear_args(session, shape, weight, dtype, bias)
         a.x = session.upload(x)
-        session.launch(function, _grid(a, columns), a)
+        launch(a)
         part = slice(shape.begin, shape.end)
         check_exact(
             session,
@@ -433,11 +525,10 @@ def _products(
 
 def _one_hot(
     session: Session,
-    function: int,
     rng: np.random.Generator,
     fmt: Format,
     dtype: Float,
-    columns: int,
+    launch: Launch,
     chosen: np.ndarray,
     k: int,
     packed: bool,
@@ -453,7 +544,7 @@ def _one_hot(
     shape = Shape(weight.n, k, len(chosen), 0, weight.n, packed, False)
     a, out = _linear_args(session, shape, weight, dtype, None)
     a.x = session.upload(dtype.encode(x))
-    session.launch(function, _grid(a, columns), a)
+    launch(a)
     wanted = weight.values.T[chosen].astype(np.float64)
     # In float32 scale * code + shift may be fused. In 16 bits scale, shift and weight may each be
     # rounded, the shift being about as large as the largest weight around.
@@ -572,21 +663,36 @@ def _transposed(
 
 
 def _sum_splits(session: Session, function: int, rng: np.random.Generator, size: int) -> None:
-    for splits, count in ((1, 7), (2, 256), (3, 1000 * size), (17, 257)):
-        partial = rng.standard_normal((splits, count)).astype(np.float32)
+    for splits, m, rows, n, with_bias in (
+        (1, 1, 7, 7, False),
+        (2, 16, 16, 16, False),
+        (3, 1000 * size, 1, 1, True),
+        (17, 3, 80, 80, True),
+        (5, 7, 32, 45, False),
+        (4, 5, 48, 63, True),
+    ):
+        partial = rng.standard_normal((splits, m, rows)).astype(np.float32)
         for dtype in FLOATS:
-            out = session.output((count,), dtype.bits)
+            out = session.output((m, n), dtype.bits)
+            bias = dtype.encode(rng.standard_normal(rows))
             a = args.SumArgs(
                 partial=session.upload(partial),
+                bias=session.upload(bias) if with_bias else None,
                 out=out.address,
-                count=count,
+                count=m * rows,
+                rows=rows,
+                n=n,
                 splits=splits,
                 dtype=dtype.code,
             )
             session.launch(function, args.sum_grid(a), a)
-            total = np.zeros(count, np.float32)
+            total = np.zeros((m, rows), np.float32)
             for one in partial:  # in this order, so the sum is the same to the last bit
                 total = total + one
-            where = f"{dtype.name} splits={splits} count={count}"
-            session.check_floats(dtype.decode(out.read()), dtype.round(total), where)
+            if with_bias:
+                total = total + dtype.decode(bias).astype(np.float32)
+            where = f"{dtype.name} splits={splits} m={m} rows={rows} n={n} bias={with_bias}"
+            bits = out.read()
+            session.check_floats(dtype.decode(bits[:, :rows]), dtype.round(total), where)
+            session.check_untouched(bits[:, rows:], f"{where}, rows after")
             session.release()

@@ -18,6 +18,13 @@ class DriverError(RuntimeError):
     """A driver call that failed, with the driver's own words."""
 
 
+class NotFoundError(DriverError):
+    """What was asked for is not there."""
+
+
+_NOT_FOUND = 500  # hipErrorNotFound and CUDA_ERROR_NOT_FOUND
+
+
 class Driver(abc.ABC):
     """Device 0 of one driver library. Addresses are integers; every call is checked."""
 
@@ -29,7 +36,8 @@ class Driver(abc.ABC):
     def call(self, name: str, *args: object) -> None:
         code = getattr(self.library, name)(*args)
         if code != 0:
-            raise DriverError(f"{name}: must succeed, got {code} ({self._error(code)})")
+            kind = NotFoundError if code == _NOT_FOUND else DriverError
+            raise kind(f"{name}: must succeed, got {code} ({self._error(code)})")
 
     @abc.abstractmethod
     def _error(self, code: int) -> str: ...
@@ -55,10 +63,18 @@ class Driver(abc.ABC):
         """A module from a code object in memory."""
 
     @abc.abstractmethod
-    def function(self, module: int, name: str) -> int: ...
+    def function(self, module: int, name: str) -> int:
+        """A kernel; NotFoundError where the module's code for this device has none."""
 
     @abc.abstractmethod
-    def launch(self, function: int, grid: Grid, args: ctypes.Structure) -> None:
+    def launch(
+        self,
+        function: int,
+        grid: Grid,
+        args: ctypes.Structure,
+        threads: int = BLOCK_THREADS,
+        shared_bytes: int = 0,
+    ) -> None:
         """Runs a kernel on the default stream with its one argument by value."""
 
     @abc.abstractmethod
@@ -121,13 +137,24 @@ class HipDriver(Driver):
                   ctypes.c_char_p(name.encode()))  # fmt: skip
         return function.value or 0
 
-    def launch(self, function: int, grid: Grid, args: ctypes.Structure) -> None:
-        sizes = [ctypes.c_uint(size) for size in (*grid, 1, BLOCK_THREADS, 1, 1, 0)]
+    def launch(
+        self,
+        function: int,
+        grid: Grid,
+        args: ctypes.Structure,
+        threads: int = BLOCK_THREADS,
+        shared_bytes: int = 0,
+    ) -> None:
+        sizes = [ctypes.c_uint(size) for size in (*grid, 1, threads, 1, 1, shared_bytes)]
         self.call("hipModuleLaunchKernel", ctypes.c_void_p(function), *sizes, ctypes.c_void_p(),
                   _parameters(args), ctypes.c_void_p())  # fmt: skip
 
     def synchronize(self) -> None:
         self.call("hipDeviceSynchronize")
+
+
+_FREE_SHARED_BYTES = 48 << 10  # a kernel that has more must be said to
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class CudaDriver(Driver):
@@ -182,8 +209,18 @@ class CudaDriver(Driver):
                   ctypes.c_char_p(name.encode()))  # fmt: skip
         return function.value or 0
 
-    def launch(self, function: int, grid: Grid, args: ctypes.Structure) -> None:
-        sizes = [ctypes.c_uint(size) for size in (*grid, 1, BLOCK_THREADS, 1, 1, 0)]
+    def launch(
+        self,
+        function: int,
+        grid: Grid,
+        args: ctypes.Structure,
+        threads: int = BLOCK_THREADS,
+        shared_bytes: int = 0,
+    ) -> None:
+        if shared_bytes > _FREE_SHARED_BYTES:
+            attribute = ctypes.c_int(_MAX_DYNAMIC_SHARED_BYTES), ctypes.c_int(shared_bytes)
+            self.call("cuFuncSetAttribute", ctypes.c_void_p(function), *attribute)
+        sizes = [ctypes.c_uint(size) for size in (*grid, 1, threads, 1, 1, shared_bytes)]
         self.call("cuLaunchKernel", ctypes.c_void_p(function), *sizes, ctypes.c_void_p(),
                   _parameters(args), ctypes.c_void_p())  # fmt: skip
 

@@ -4,7 +4,8 @@
     python tests/device/run.py --format q4_k --kernel 'matmul_*'
 
 Prints a line for each kernel: the largest error as a part of what is allowed, and for a kernel that
-is wrong the first place where it is. Exits with 1 if any is wrong or missing, with 2 if nothing
+is wrong the first place where it is. Those of kernels/staged.h are skipped where the device's code
+has none. Exits with 1 if any is wrong or missing, with 2 if nothing
 could be run. Needs numpy and the driver's library; no toolkit and no torch.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from cases import COMMON, Case, all_cases
-from driver import DriverError, open_driver
+from driver import DriverError, NotFoundError, open_driver
 from session import MismatchError, Session
 from weights import ROOT, all_formats
 
@@ -36,10 +37,13 @@ class Result:
     worst: float
     launches: int
     seconds: float
+    skipped: bool = False
 
     def __str__(self) -> str:
         name = f"{self.case.code_object:<9} {self.case.kernel:<21}"
         cost = f"{self.launches:4} launches {self.seconds:7.2f} s"
+        if self.skipped:
+            return f"SKIP {name} not in the code for this device"
         if self.failure is None:
             return f"PASS {name} {cost}   error {self.worst:.2f} of the bound"
         return f"FAIL {name} {cost}   {self.failure}"
@@ -49,16 +53,22 @@ def run_case(session: Session, case: Case, size: int, seed: int) -> Result:
     """Runs a case, with numbers that depend on nothing but its name and the seed."""
     session.worst, session.launches = 0.0, 0
     rng = np.random.default_rng([seed, zlib.crc32(f"{case.code_object} {case.kernel}".encode())])
-    failure = None
+    failure, skipped = None, False
     start = time.perf_counter()
     try:
-        function = session.kernel(case.code_object, case.kernel)
-        case.run(session, function, rng, size)
+        try:
+            function = session.kernel(case.code_object, case.kernel)
+        except NotFoundError:
+            if not case.optional:
+                raise
+            skipped = True
+        else:
+            case.run(session, function, rng, size)
     except (MismatchError, FileNotFoundError, DriverError) as error:
         failure = str(error)
     session.abandon()
     seconds = time.perf_counter() - start
-    return Result(case, failure, session.worst, session.launches, seconds)
+    return Result(case, failure, session.worst, session.launches, seconds, skipped)
 
 
 def select(formats: Iterable[str], kernels: Iterable[str]) -> list[Case]:
@@ -157,10 +167,12 @@ def main(argv: list[str] | None = None) -> int:
         print(result, flush=True)
         results.append(result)
     failed = sum(result.failure is not None for result in results)
+    skipped = sum(result.skipped for result in results)
     left = len(cases) - len(results)
     if left:
         print(f"the device can no longer be used: {left} kernels were not run")
-    print(f"{len(results)} kernels, {failed} failed, {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"{len(results)} kernels, {failed} failed, {skipped} skipped, {seconds:.1f} s")
     return 1 if failed or left else 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arguments import Grid
+from arguments import BLOCK_THREADS, Grid
 from driver import Driver, DriverError
 
 _GUARD = 256  # bytes around each output; a multiple of the alignment that kernels rely on
@@ -94,8 +94,15 @@ class Session:
     def output(self, shape: tuple[int, ...], dtype: Any) -> Output:
         return Output(self, shape, dtype)
 
-    def launch(self, function: int, grid: Grid, args: ctypes.Structure) -> None:
-        self.driver.launch(function, grid, args)
+    def launch(
+        self,
+        function: int,
+        grid: Grid,
+        args: ctypes.Structure,
+        threads: int = BLOCK_THREADS,
+        shared_bytes: int = 0,
+    ) -> None:
+        self.driver.launch(function, grid, args, threads, shared_bytes)
         self.driver.synchronize()
         self.launches += 1
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import arguments as args
 import pytest
+from weights import all_formats
 
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "kernels" / "arguments.h"
@@ -23,6 +24,7 @@ GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[int, ...]], ...] = (
     ("element_grid", args.LinearArgs, ()),
     ("rows_grid", args.LinearArgs, (1, 8, 16, 64)),
     ("transposed_grid", args.TransposedArgs, ()),
+    ("staged_grid", args.StagedArgs, (8, 128)),
     ("sum_grid", args.SumArgs, ()),
     ("repack_grid", args.RepackArgs, (32, 256)),
     ("quantize_grid", args.QuantizeArgs, (32, 256)),
@@ -96,29 +98,64 @@ def test_sizes_and_offsets(tmp_path: Path) -> None:
 def test_constants(tmp_path: Path) -> None:
     statements = [
         *("print(kBlockThreads);", "print(kGroupRows);", "print(kTransposedRows);"),
-        "print(kPanelColumns);",
+        *("print(kPanelColumns);", "print(kStagedUnit);", "print(kStagedMostGroups);"),
+        *("print(kStagedProducers);", "print(kStagedMostStages);"),
         *("print(kFloat32);", "print(kFloat16);", "print(kBFloat16);"),
         "for (int columns : kMatvecColumns) print(columns);",
         "for (int columns : kMatmulColumns) print(columns);",
+        "for (int columns : kStagedColumns) print(columns);",
     ]
     assert run_cpp(statements, tmp_path) == [
         *(args.BLOCK_THREADS, args.GROUP_ROWS, args.TRANSPOSED_ROWS, args.PANEL_COLUMNS),
+        *(args.STAGED_UNIT, args.STAGED_MOST_GROUPS, args.STAGED_PRODUCERS),
+        args.STAGED_MOST_STAGES,
         *(args.FLOAT32, args.FLOAT16, args.BFLOAT16),
         *args.MATVEC_COLUMNS,
         *args.MATMUL_COLUMNS,
+        *args.STAGED_COLUMNS,
     ]
+
+
+def fill(filled: Any, numbers: dict[str, int], prefix: str = "") -> dict[str, int]:
+    """Sets the members that have a number; returns what was set, by the name in C++."""
+    values = {}
+    for field, kind in filled._fields_:
+        if issubclass(kind, ctypes.Structure):
+            values |= fill(getattr(filled, field), numbers, f"{prefix}{field}.")
+            continue
+        few = field == "splits" or (field == "groups" and isinstance(filled, args.StagedArgs))
+        if few or field in numbers:
+            values[prefix + field] = 3 if few else numbers[field]
+            setattr(filled, field, values[prefix + field])
+    return values
+
+
+def test_staged_sizes(tmp_path: Path) -> None:
+    statements, wanted = [], []
+    for columns in args.STAGED_COLUMNS:
+        statements.append(f"print(staged_threads({columns}));")
+        wanted.append(args.staged_threads(columns))
+        for fmt in all_formats().values():
+            for groups, stages in ((1, 2), (3, 4), (8, 3)):
+                sizes = f"{columns}, {fmt.block_elems}, {fmt.block_bytes}"
+                statements.append(
+                    f"{{ StagedArgs a{{}}; a.groups = {groups}; a.stages = {stages}; "
+                    f"print(staged_shared_bytes(a, {sizes})); }}"
+                )
+                a = args.StagedArgs(groups=groups, stages=stages)
+                wanted.append(
+                    args.staged_shared_bytes(a, columns, fmt.block_elems, fmt.block_bytes)
+                )
+    assert run_cpp(statements, tmp_path) == wanted
 
 
 def test_grids(tmp_path: Path) -> None:
     statements: list[str] = []
     wanted: list[int] = []
     for name, struct, extra in GRIDS:
-        fields = [field for field, _ in struct._fields_]
         for numbers in NUMBERS:
-            values = {key: value for key, value in numbers.items() if key in fields}
-            if "splits" in fields:
-                values["splits"] = 3
-            filled: Any = struct(**values)
+            filled: Any = struct()
+            values = fill(filled, numbers)
             assign = "".join(f"a.{key} = {value}LL; " for key, value in values.items())
             for more in [(number,) for number in extra] or [()]:
                 call = ", ".join(["a", *map(str, more)])

@@ -21,8 +21,9 @@ import pytest
 import run
 import torch
 import weights
+from cases import HOPPER_SHARED_BYTES
 from conftest import dense64, golden
-from driver import Driver, DriverError, open_driver
+from driver import Driver, DriverError, NotFoundError, open_driver
 from session import Session
 from torch import Tensor
 from weights import BF16, F16, F32, all_formats
@@ -100,7 +101,10 @@ class FakeDriver(Driver):
 
     extensions = ("fake",)
 
-    def __init__(self, mistake: Callable[[str, Any], bool] | None = None) -> None:
+    def __init__(
+        self, mistake: Callable[[str, Any], bool] | None = None, without: str = ""
+    ) -> None:
+        self._without = without
         self._memory: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self._names: list[str] = []
         self._mistake = mistake
@@ -130,11 +134,27 @@ class FakeDriver(Driver):
         return len(self._names)
 
     def function(self, module: int, name: str) -> int:
+        if self._without and fnmatch.fnmatch(name, self._without):
+            raise NotFoundError(f"{name}: must be there, got none")
         self._names.append(f"{self._names[module - 1]} {name}")
         return len(self._names)
 
-    def launch(self, function: int, grid: args.Grid, arguments: ctypes.Structure) -> None:
+    def launch(
+        self,
+        function: int,
+        grid: args.Grid,
+        arguments: ctypes.Structure,
+        threads: int = args.BLOCK_THREADS,
+        shared_bytes: int = 0,
+    ) -> None:
         code_object, name = self._names[function - 1].split()
+        if name.startswith("staged_"):
+            assert threads == args.staged_threads(int(name.split("_")[-1]))
+            assert 0 < shared_bytes <= HOPPER_SHARED_BYTES
+            assert arguments.groups <= args.STAGED_MOST_GROUPS
+            assert 2 <= arguments.stages <= args.STAGED_MOST_STAGES
+        else:
+            assert (threads, shared_bytes) == (args.BLOCK_THREADS, 0)
         copy = type(arguments).from_buffer_copy(arguments)
         if self._mistake is not None and self._mistake(name, copy):
             return
@@ -198,6 +218,20 @@ def fake_linear(fmt_name: str, name: str, a: Any) -> None:
     tensor_at(a.out, (a.m, a.n), dtype)[:, part] = y[:, part].to(dtype)
 
 
+def fake_staged(fmt_name: str, name: str, a: Any) -> None:
+    if a.splits == 1:
+        return fake_linear(fmt_name, name, a.linear)
+    product, dtype = a.linear, DTYPES[a.linear.dtype]
+    rows = slice(product.row_begin, product.row_end)
+    x = tensor_at(product.x, (product.m, product.k), dtype).double()
+    w = dense(product, fmt_name).to(dtype).double()[rows]
+    partial = tensor_at(a.partial, (a.splits, product.m, len(w)), torch.float32)
+    units = -(-product.k // 256)
+    for split in range(a.splits):
+        part = slice(*(units * s // a.splits * 256 for s in (split, split + 1)))
+        partial[split] = (x[:, part] @ w[:, part].T).float()
+
+
 def fake_transposed(fmt_name: str, name: str, a: Any) -> None:
     grad, w = tensor_at(a.grad, (a.m, a.n), DTYPES[a.dtype]).float(), dense(a, fmt_name)
     partial = tensor_at(a.partial, (a.splits, a.m, a.k), torch.float32)
@@ -208,11 +242,15 @@ def fake_transposed(fmt_name: str, name: str, a: Any) -> None:
 
 
 def fake_sum(fmt_name: str, name: str, a: Any) -> None:
-    partial = tensor_at(a.partial, (a.splits, a.count), torch.float32)
-    total = torch.zeros(a.count)
-    for one in partial:
+    m, dtype = a.count // a.rows, DTYPES[a.dtype]
+    total = torch.zeros(m, a.rows)
+    for one in tensor_at(a.partial, (a.splits, m, a.rows), torch.float32):
         total += one
-    tensor_at(a.out, (a.count,), DTYPES[a.dtype]).copy_(total)
+    if a.bias:
+        total += tensor_at(a.bias, (a.rows,), dtype)
+    # The rows of a part of out end before those of the whole.
+    for row, sums in enumerate(total):
+        tensor_at(a.out + row * a.n * dtype.itemsize, (a.rows,), dtype).copy_(sums)
 
 
 def fake_activations(fmt_name: str, name: str, a: Any) -> None:
@@ -230,15 +268,18 @@ FAKES: dict[str, Callable[[str, str, Any], None]] = {
     "quantize": fake_quantize,
     "quantize_activations": fake_activations,
     "sum_splits": fake_sum,
+    "staged_*": fake_staged,
     "transposed_*": fake_transposed,
     "*": fake_linear,
 }
 
 
-def fake_session(tmp_path: Path, mistake: Callable[[str, Any], bool] | None = None) -> Session:
+def fake_session(
+    tmp_path: Path, mistake: Callable[[str, Any], bool] | None = None, without: str = ""
+) -> Session:
     for name in ("common", *all_formats()):
         (tmp_path / f"{name}.fake").write_text(name)
-    return Session(FakeDriver(mistake), tmp_path, None)
+    return Session(FakeDriver(mistake, without), tmp_path, None)
 
 
 # One of each kind: small blocks, large ones, and the one without golden vectors of its own.
@@ -252,6 +293,7 @@ def test_every_case_passes(tmp_path: Path, code_object: str) -> None:
 
 def swap_rows(name: str, a: Any) -> bool:
     """Rows 1 and 2 of each weight take each other's place."""
+    a = getattr(a, "linear", a)
     rows = tensor_at(a.blocks, (a.n, formats.get("q4_k").row_bytes(a.k)), torch.uint8)
     rows[:3] = rows[[0, 2, 1]]
     return False
@@ -272,7 +314,12 @@ def skip(name: str, a: Any) -> bool:
 
 
 def other_bias(name: str, a: Any) -> bool:
-    a.bias = None
+    getattr(a, "linear", a).bias = None
+    return False
+
+
+def one_split_less(name: str, a: Any) -> bool:
+    a.splits -= a.splits > 1
     return False
 
 
@@ -282,6 +329,10 @@ MISTAKES: list[tuple[str, Callable[[str, Any], bool], str]] = [
     ("matvec_int8_1", write_before, "wrote 3 bytes before the output"),
     ("matmul_bf16_16", swap_rows, "of 16 are wrong"),
     ("matmul_f16_64", other_bias, "bias=True: row, column"),
+    ("staged_bf16_16", swap_rows, "of 32 are wrong"),
+    ("staged_f16_64", other_bias, "bias=True: row, column"),
+    ("staged_f16_8", one_split_less, "got"),
+    ("staged_f16_128", skip, "got nan"),
     ("dequantize", skip, "got nan"),
     ("embedding", write_before, "wrote 3 bytes before the output"),
     ("pack", skip, "got 255"),
@@ -291,19 +342,20 @@ MISTAKES: list[tuple[str, Callable[[str, Any], bool], str]] = [
 
 @pytest.mark.parametrize(("kernel", "mistake", "words"), MISTAKES)
 def test_mistakes_are_seen(tmp_path: Path, kernel: str, mistake: Any, words: str) -> None:
-    session = fake_session(tmp_path, mistake)
+    session = fake_session(tmp_path, lambda name, a: name == kernel and mistake(name, a))
     (result,) = run.run_all(session, run.select(["q4_k"], [kernel]), 1, 0)
     assert result.failure is not None
     assert words in result.failure
     assert str(result).startswith(f"FAIL q4_k      {kernel} ")
 
 
-@pytest.mark.parametrize("kernel", ["matmul_f16_16", "matmul_bf16_64"])
+@pytest.mark.parametrize("kernel", ["matmul_f16_16", "matmul_bf16_64", "staged_f16_32"])
 def test_one_wrong_code_is_seen(tmp_path: Path, kernel: str) -> None:
     """One element of one row of a weight, off by one code, in nothing but the one-hot product."""
 
     def mistake(name: str, a: Any) -> bool:
-        if a.m >= 16 * a.k:
+        a = getattr(a, "linear", a)
+        if name == kernel and a.m >= 16 * a.k:
             bytes_of_row = tensor_at(a.blocks, (16, 144), torch.uint8)
             bytes_of_row[3, 60] ^= 1
         return False
@@ -312,6 +364,18 @@ def test_one_wrong_code_is_seen(tmp_path: Path, kernel: str) -> None:
     (result,) = run.run_all(session, run.select(["q4_k"], [kernel]), 1, 0)
     assert result.failure is not None
     assert "one-hot" in result.failure
+
+
+def test_kernels_that_the_device_lacks_are_skipped(tmp_path: Path) -> None:
+    session = fake_session(tmp_path, without="staged_*_16")
+    results = list(run.run_all(session, run.select(["q4_0"], ["staged_f16_*"]), 1, 0))
+    assert [result.skipped for result in results] == [False, True, False, False, False]
+    assert not [str(result) for result in results if result.failure is not None]
+    assert str(results[1]) == "SKIP q4_0      staged_f16_16         not in the code for this device"
+    session = fake_session(tmp_path, without="matmul_*")
+    (result,) = run.run_all(session, run.select(["q4_0"], ["matmul_f16_16"]), 1, 0)
+    assert (result.skipped, result.failure) == (
+        False, "matmul_f16_16: must be there, got none")  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------

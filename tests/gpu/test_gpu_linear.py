@@ -28,7 +28,12 @@ from torch_q4 import formats
 pytestmark = pytest.mark.gpu
 
 ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 64, 129, 512)
-KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "blas")
+KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "staged", "blas")
+
+
+def kernels_here(dtype: torch.dtype, packed: bool) -> list[str]:
+    """What _linear_with can be asked for on this device."""
+    return ops._linear_kernels(dtype, packed, torch.cuda.current_device()).split()
 
 
 def shapes(fmt: formats.Format) -> list[tuple[int, int]]:
@@ -62,8 +67,9 @@ def test_exact(fmt, dtype, packed) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_kernel(fmt, dtype, kernel) -> None:
     """The kernels that the table of choices knows, at sizes at which it would not choose them."""
-    if kernel.startswith("matmul") and dtype == torch.float32:
-        pytest.skip("matrix cores take float16 and bfloat16")
+    layouts = [packed for packed in (True, False) if kernel in kernels_here(dtype, packed)]
+    if not layouts:
+        pytest.skip("for other dtypes or devices")
     for n, k in shapes(fmt):
         canonical, blocks_packed, w = weight(fmt, n, k)
         for m in ROWS:
@@ -74,7 +80,7 @@ def test_each_kernel(fmt, dtype, kernel) -> None:
             dense_product = functools.partial(F.linear, weight=dense, bias=bias)
             one_sum = kernel == "element" and dtype == torch.float32
             plain = None if one_sum else by_rows(dense_product, x, m)
-            for packed in (True,) if kernel.startswith("matmul") else (True, False):
+            for packed in layouts:
                 blocks = blocks_packed if packed else canonical
 
                 def product(x, blocks=blocks, bias=bias, packed=packed):
@@ -83,6 +89,40 @@ def test_each_kernel(fmt, dtype, kernel) -> None:
                 y = by_rows(product, x, m)
                 assert y.dtype == dtype
                 assert_near(y, x, w, bias, plain)
+
+
+@gpu_only
+def test_all_kernels_are_tested() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for packed in (True, False):
+            assert set(kernels_here(dtype, packed)) <= set(KERNELS)
+    capability = torch.cuda.get_device_capability()
+    built = "sm_90a" in str(ops.gpu_table())
+    if torch.version.cuda and capability == (9, 0) and built:
+        assert "staged" in kernels_here(torch.float16, True)
+
+
+@gpu_only
+def test_staged(fmt, dtype) -> None:
+    """As in test_each_kernel, with K split and not, groups of every size, and the same twice."""
+    if "staged" not in kernels_here(dtype, True):
+        pytest.skip("for other dtypes or devices")
+    small = fmt.block_elems == 32
+    for n, k in ((37, 1280 + 32 * small), (2073, 1280 + 32 * small), (8455, 768 - 32 * small)):
+        _, packed, w = weight(fmt, n, k)
+        dense = w.to(dtype)
+        for m in (1, 7, 8, 9, 33, 64, 65, 128, 200):
+            x = randn(several(m), k, dtype=dtype)
+            bias = randn(n, dtype=dtype) if m % 2 else None
+
+            def product(x, packed=packed, bias=bias):
+                return ops._linear_with(x, packed, fmt.type_id, bias, "exact", True, "staged")
+
+            y = by_rows(product, x, m)
+            assert y.dtype == dtype
+            plain = by_rows(functools.partial(F.linear, weight=dense, bias=bias), x, m)
+            assert_near(y, x, w, bias, plain)
+            assert torch.equal(by_rows(product, x, m), y)
 
 
 @gpu_only
@@ -106,8 +146,9 @@ def test_one_hot_activations_give_the_weight(fmt, dtype) -> None:
         if dtype != torch.float32:
             bound += EPS[dtype] / 2 * w.abs().max()
         bound += torch.finfo(dtype).smallest_normal * EPS[dtype]
-        kernels = ["element", "matvec", "matmul_16", "matmul_64"]
-        for kernel in kernels[:2] if dtype == torch.float32 else kernels:
+        for kernel in kernels_here(dtype, packed=True):
+            if kernel == "blas":
+                continue
             y = ops._linear_with(x, blocks_packed, fmt.type_id, None, "exact", True, kernel)
             assert_within(y, wanted, bound, kernel)
         y = ops._linear_with(x, canonical, fmt.type_id, None, "exact", False, "matvec")
@@ -127,14 +168,25 @@ def test_internal_operator_refuses() -> None:
         data, compute, packed, kernel = arguments
         with pytest.raises(RuntimeError, match=f"_linear_with: {words}"):
             ops._linear_with(data, blocks, fmt.type_id, None, compute, packed, kernel)
+    if "staged" not in kernels_here(torch.float16, packed=True):
+        words = "the GPU must be sm_90, with kernels built for sm_90a, for staged, got"
+        with pytest.raises(RuntimeError, match=f"_linear_with: {words}"):
+            ops._linear_with(x.half(), blocks, fmt.type_id, None, "exact", True, "staged")
 
 
 @gpu_only
 @pytest.mark.parametrize(
     ("kernel", "rows"),
-    [("matvec", 65535 * 8 + 100), ("matmul_16", 65535 * 16 + 100), ("element", 65536 * 9)],
+    [
+        ("matvec", 65535 * 8 + 100),
+        ("matmul_16", 65535 * 16 + 100),
+        ("staged", 65535 * 128 + 100),
+        ("element", 65536 * 9),
+    ],
 )
 def test_more_rows_than_one_grid_has(kernel, rows) -> None:
+    if kernel not in kernels_here(torch.float16, packed=True):
+        pytest.skip("for other devices")
     fmt = formats.get("q4_0")
     _, packed, w = weight(fmt, 17, 32)
     x = torch.randn(rows, 32, device=DEVICE, dtype=torch.float16)
@@ -286,9 +338,15 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
             y = torch_q4.linear(x, many, fmt, packed=is_packed).view(m, groups, 16)
             one = torch_q4.linear(x, blocks, fmt, packed=is_packed)
             same = one[:, None].expand_as(y)
-            if is_packed or m == 1:
+            kernels = {
+                ops._linear_choice(
+                    torch.cuda.current_device(), fmt.type_id, x.dtype, is_packed, m, n, k
+                )
+                for n in (16, groups * 16)
+            }
+            if kernels in ({"matvec"}, {"matmul_16"}):
                 assert torch.equal(y, same)
-            else:  # torch's own product, which may add up in another order for another size
+            else:  # these may add up in another order for another size
                 torch.testing.assert_close(y, same, rtol=2 * EPS[torch.float16], atol=0.05)
         values = ops.embedding(
             torch.tensor([groups * 16 - 1, 15], device=DEVICE), many, fmt.type_id, torch.float16,

@@ -2,11 +2,13 @@
 // return the error's text.
 #include <atomic>
 #include <exception>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "../../csrc/gpu/dispatch.h"
+#include "../../csrc/gpu/plans.h"
 #include "../../csrc/gpu/runtime.h"
 
 using namespace torch_q4::gpu;
@@ -26,6 +28,14 @@ const char* text_of(const Run& run) {
   return message.c_str();
 }
 
+constexpr int kQ4Bytes = 18;
+
+// Measured on an H100: no other plan is faster for these.
+constexpr StagedPlan kOneWave = staged_plan(1, 14336, 4096, 32, kQ4Bytes, 132, 232448);
+static_assert(kOneWave.groups == 7 && kOneWave.splits == 1);
+constexpr StagedPlan kSplit = staged_plan(1, 4096, 4096, 32, kQ4Bytes, 132, 232448);
+static_assert(kSplit.groups == 8 && kSplit.splits == 4);
+
 void* const kStream = reinterpret_cast<void*>(0x1234);
 
 }  // namespace
@@ -40,6 +50,7 @@ const char* name_of_kernel(int kernel) {
 
 int matvec_number(int dtype, int width) { return matvec_kernel(DType(dtype), width); }
 int matmul_number(int dtype, int width) { return matmul_kernel(DType(dtype), width); }
+int staged_number(int dtype, int width) { return staged_kernel(DType(dtype), width); }
 
 // A kernel of the first format that takes LinearArgs by rows, `columns` to a block.
 const char* launch_linear(int kernel, int device, int columns, const LinearArgs* args) {
@@ -48,6 +59,41 @@ const char* launch_linear(int kernel, int device, int columns, const LinearArgs*
            *args);
     return "";
   });
+}
+
+// staged_T_C of the first format, Q4_0.
+const char* launch_staged(int width, int device, const StagedArgs* args) {
+  return text_of([&] {
+    const int columns = kStagedColumns[width];
+    const int bytes = staged_shared_bytes(*args, columns, 32, kQ4Bytes);
+    launch("linear", CodeObject(0), staged_kernel(args->linear.dtype, width), device, kStream,
+           staged_grid(*args, columns), *args,
+           {static_cast<unsigned>(staged_threads(columns)), static_cast<unsigned>(bytes)});
+    return "";
+  });
+}
+
+int threads_of_staged(int width) { return staged_threads(kStagedColumns[width]); }
+int bytes_of_staged(int width, const StagedArgs* args) {
+  return staged_shared_bytes(*args, kStagedColumns[width], 32, kQ4Bytes);
+}
+
+// To `plan`: columns, groups, stages, splits, bytes of shared memory, and the grid's sides.
+void plan_of_staged(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
+                    int multiprocessors, int shared_bytes, int64_t* plan) {
+  const StagedPlan found =
+      staged_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
+  const int columns = kStagedColumns[found.width];
+  StagedArgs args = {};
+  args.linear.m = m;
+  args.linear.row_end = n / 16 * 16;
+  args.groups = found.groups;
+  args.stages = found.stages;
+  args.splits = found.splits;
+  const Grid grid = staged_grid(args, columns);
+  const int bytes = staged_shared_bytes(args, columns, block_elems, block_bytes);
+  const int64_t all[] = {columns, found.groups, found.stages, found.splits, bytes, grid.x, grid.y};
+  for (int i = 0; i < 7; ++i) plan[i] = all[i];
 }
 
 const char* find_in(int object, int kernel, int device) {
@@ -94,11 +140,83 @@ int built_serves(const char* built, const char* architecture) {
 }
 
 int multiprocessors_of(int device) { return device_info("linear", device).multiprocessors; }
+int shared_bytes_of(int device) { return device_info("linear", device).shared_bytes; }
+int family_of(int device) { return static_cast<int>(device_info("linear", device).family); }
 
 // The number of the LinearKernel.
-int choose(int dtype, int int8, int packed, int64_t m, int family) {
+int choose(int dtype, int int8, int packed, int64_t m, int64_t n, int family) {
   return static_cast<int>(
-      choose_linear({DType(dtype), int8 != 0, packed != 0, m, 4096, 4096, Family(family)}));
+      choose_linear({DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family)}));
+}
+
+// Of a weight in the format of number `format`, (n, 4096), packed.
+const char* set_plan(int64_t device, int format, int dtype, int packed, int64_t n,
+                     const char* plan) {
+  return text_of([&] {
+    set_linear_plan("set", device, {format, DType(dtype), packed != 0, n, 4096}, plan);
+    return "";
+  });
+}
+
+const char* plan_of(int64_t device, int format, int dtype, int packed, int64_t n) {
+  return text_of(
+      [&] { return linear_plan("get", device, {format, DType(dtype), packed != 0, n, 4096}); });
+}
+
+// As `choose`, by the plans.
+int planned(int device, int format, int dtype, int int8, int packed, int64_t m, int64_t n,
+            int family) {
+  const LinearCase c = {DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family)};
+  return static_cast<int>(planned_linear(device, format, c));
+}
+
+void set_loader(PlanLoader loader) { set_plan_loader(loader); }
+
+// Of any family if `family` is negative.
+const char* names_of_kernels(int dtype, int packed, int family) {
+  return text_of([&] {
+    std::optional<Family> of;
+    if (family >= 0) of = Family(family);
+    return kernels_for(DType(dtype), packed != 0, of);
+  });
+}
+
+const char* check_runs_on(const char* kernel, int device) {
+  return text_of([&] {
+    check_kernel_runs_on("linear", find_linear_kernel("linear", kernel), device);
+    return "";
+  });
+}
+
+const char* name_of_choice(int kernel) {
+  return text_of([&] { return linear_kernel_name(LinearKernel(kernel)); });
+}
+
+// One thread sets plans while others choose by them; returns how many choices were neither the
+// table's nor a plan's. Plan i of 1000 is of n = i % 50 + 1 and says matmul_64 or blas.
+int choose_while_setting(int threads) {
+  std::atomic<bool> done{false};
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i) {
+    all.emplace_back([&] {
+      while (!done) {
+        for (int64_t n = 1; n <= 51; ++n) {
+          const LinearCase c = {kFloat16, false, true, 4, n, 4096, Family::kNvidia};
+          const LinearKernel kernel = planned_linear(0, 0, c);
+          const bool planned = kernel == LinearKernel::kMatmul64 || kernel == LinearKernel::kBlas;
+          if (kernel != choose_linear(c) && !(planned && n <= 50)) ++wrong;
+        }
+      }
+    });
+  }
+  for (int i = 0; i < 1000; ++i) {
+    const PlanKey key = {0, kFloat16, true, i % 50 + 1, 4096};
+    set_linear_plan("set", 0, key, i % 3 ? "8 matmul_64\n" : "8 blas\n");
+  }
+  done = true;
+  for (std::thread& thread : all) thread.join();
+  return wrong;
 }
 
 int splits(int64_t m, int64_t n, int64_t k, int multiprocessors) {

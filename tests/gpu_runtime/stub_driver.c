@@ -17,14 +17,15 @@ typedef struct {
 
 // What tests read and set.
 struct {
-  int loads, lookups, launches, loads_under_capture, function_loads;
+  int loads, lookups, launches, loads_under_capture, function_loads, attributes;
+  int shared_allowed;  // the last attribute's value
   char image[64], kernel[64];
   unsigned grid[3], block[3], shared;
   void* stream;
   unsigned char args[256];
   int args_bytes;
   // Results to return: 0 is success.
-  int fail_load, fail_lookup, fail_launch;
+  int fail_load, fail_lookup, fail_launch, fail_attribute;
   char architecture[64];  // of HIP
   int major, minor;       // of CUDA
 } stub = {.architecture = "gfx90a:sramecc+:xnack-", .major = 9};
@@ -141,7 +142,10 @@ int cuDeviceGet(int* handle, int device) {
   return 0;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int handle) {
-  *value = attribute == 16 ? 132 : attribute == 75 ? stub.major : stub.minor;
+  *value = attribute == 16   ? 132
+           : attribute == 97 ? 232448
+           : attribute == 75 ? stub.major
+                             : stub.minor;
   return handle >= 100 ? 0 : 101;
 }
 int cuGetErrorName(int error, const char** name) {
@@ -164,6 +168,13 @@ int cuCtxSetCurrent(void* current) {
 int cuDevicePrimaryCtxRetain(void** primary, int handle) {
   *primary = &stub;
   return handle >= 100 ? 0 : 101;
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  (void)function;
+  if (attribute != 8) return 1;
+  ++stub.attributes;
+  stub.shared_allowed = value;
+  return stub.fail_attribute;
 }
 int cuFuncLoad(void* function) {
   (void)function;

@@ -1,0 +1,386 @@
+// linear on Hopper's warpgroup matrix instructions, which take x straight from shared memory. In
+// matmul.h each 16 rows of W read all of x, and every wave loads it into registers; here a block
+// has up to 128 rows of W, so that as many blocks as the GPU has multiprocessors cover the weight,
+// and goes along K once, in stages of kStagedUnit elements:
+//
+//     producers  four waves that bring the weights, which lie side by side in the packed layout,
+//                and x, in the order that the instruction wants, to shared memory
+//     consumers  waves that decode 16 rows' weights each, half of a stage's elements, straight into
+//                the registers that the instruction reads, and multiply them with all columns
+//
+// Barriers in shared memory tell consumers that a stage is full, and producers that it is empty
+// again. Two waves share each 16 rows, where there is room for both's sums, which are added up at
+// the end. Where the rows are too few for all multiprocessors, `splits` blocks share out K, and
+// sum_splits adds up what they leave. Every sum has a fixed order.
+#pragma once
+
+#include "decode.h"
+
+namespace TORCH_Q4_NAMESPACE {
+
+// One row's block as it lies in shared memory: packed, but for gaps that keep lines which several
+// lanes read at once in different banks.
+template <class Format>
+struct StagedRow {
+  const uint8_t* block;
+  int row;
+
+  TORCH_Q4_DEVICE static constexpr int place(int offset) {
+    return gpu::staged_offset(Format::kBlockElems, offset);
+  }
+  TORCH_Q4_DEVICE Fields line(int index) const {
+    return {load_line<16>(block + place(256 * index) + 16 * line_row(row))};
+  }
+  TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
+    const uint8_t* from = block + place(offset) + 2 * line_row(row);
+    return expand_bits(*reinterpret_cast<const uint16_t*>(from));
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE float half() const {
+    constexpr int kOffset = place(chunk_start<Format>(kIndex));
+    return half_to_float(*reinterpret_cast<const uint16_t*>(block + kOffset + 2 * row));
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE uint32_t word() const {
+    constexpr int kOffset = place(chunk_start<Format>(kIndex));
+    return *reinterpret_cast<const uint32_t*>(block + kOffset + 4 * row);
+  }
+  TORCH_Q4_DEVICE static Bytes interleave(const Bytes& low, const Bytes& high, int segment) {
+    return interleave_bytes(low, high, segment);
+  }
+};
+
+template <class Format, class T, int kColumns>
+struct StagedProduct {
+  using Tile = GroupTile<T, kColumns>;
+  static constexpr int kUnit = gpu::kStagedUnit;
+  static constexpr int kKLanes = 4;
+  static constexpr int kUnitParts = kUnit / kPartElems<Format>;
+  static constexpr int kStepSegments = kPartSegments<Format>;
+  static constexpr int kUnitBlocks = kUnit / Format::kBlockElems;
+  static constexpr int kBlockBytes = kTileRows * static_cast<int>(sizeof(typename Format::Block));
+  static constexpr int kUnitBytes = kUnitBlocks * kBlockBytes;
+  static constexpr int kBlockPitch =
+      gpu::staged_block_bytes(Format::kBlockElems, sizeof(typename Format::Block));
+  static constexpr int kWeightBytes =
+      gpu::staged_weight_bytes(Format::kBlockElems, sizeof(typename Format::Block));
+  static constexpr int kTilePitch = gpu::staged_tile_bytes(kColumns);
+  static constexpr int kXBytes = gpu::staged_x_bytes(kColumns);
+  static constexpr int kShare = gpu::staged_share(kColumns);
+  static constexpr int kConsumers = kWaveLanes * gpu::kStagedMostGroups * kShare;
+  static_assert(kUnitParts / kKLanes * kStepSegments == 4);
+
+  const gpu::StagedArgs& args;
+  const gpu::LinearArgs& a;
+  const uint32_t barriers;  // full ones, then empty ones
+  uint8_t* const stages;
+  const int stage_bytes;
+  const int lane;
+  int64_t first_row, first_column;  // of this block
+  int columns;                      // of this block that exist
+  int begin, end;                   // units of K
+
+  TORCH_Q4_DEVICE StagedProduct(const gpu::StagedArgs& args, uint8_t* memory)
+      : args(args),
+        a(args.linear),
+        barriers(shared_address(memory)),
+        stages(memory + gpu::kStagedBarrierBytes),
+        stage_bytes(kXBytes + args.groups * kWeightBytes),
+        lane(threadIdx.x % kWaveLanes) {
+    const int tile = static_cast<int>(blockIdx.x) / args.splits;
+    const int split = static_cast<int>(blockIdx.x) % args.splits;
+    const int units = static_cast<int>((a.k + kUnit - 1) / kUnit);
+    begin = static_cast<int>(static_cast<int64_t>(units) * split / args.splits);
+    end = static_cast<int>(static_cast<int64_t>(units) * (split + 1) / args.splits);
+    first_row = a.row_begin + static_cast<int64_t>(tile) * args.groups * kTileRows;
+    first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
+    const int64_t rest = a.m - first_column;
+    columns = rest < kColumns ? static_cast<int>(rest) : kColumns;
+  }
+
+  TORCH_Q4_DEVICE uint32_t full(int slot) const { return barriers + 8 * slot; }
+  TORCH_Q4_DEVICE uint32_t empty(int slot) const {
+    return barriers + 8 * (gpu::kStagedMostStages + slot);
+  }
+  TORCH_Q4_DEVICE void init_barriers() const {
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < args.stages; ++slot) {
+        init_barrier(full(slot), gpu::kStagedProducers / kWaveLanes);
+        init_barrier(empty(slot), kConsumers / kWaveLanes);
+      }
+      publish_barriers();
+    }
+    __syncthreads();
+  }
+
+  // Whether K fills the unit; it does for blocks as large as a unit.
+  TORCH_Q4_DEVICE bool is_whole(int unit) const {
+    return kBlockParts<Format> > 1 || (unit + 1) * kUnit <= static_cast<int>(a.k);
+  }
+  TORCH_Q4_DEVICE int elements_of(int unit) const {
+    return is_whole(unit) ? kUnit : static_cast<int>(a.k) - unit * kUnit;
+  }
+  TORCH_Q4_DEVICE bool has_rows(int group) const {
+    return group < args.groups && first_row + group * kTileRows < a.row_end;
+  }
+
+  // Of a unit's 16 segments of 16 elements, the one that a k_lane multiplies in a quarter of the
+  // unit's work.
+  TORCH_Q4_DEVICE static int segment_of(int k_lane, int quarter) {
+    return kBlockParts<Format> == 1 ? quarter / 2 * 8 + k_lane * 2 + quarter % 2
+                                    : part_segment<Format>(k_lane, quarter);
+  }
+
+  // Where a stage is in the ring, and the parity of the phase that its barriers are in.
+  struct Place {
+    int slot = 0;
+    uint32_t parity = 0;
+    TORCH_Q4_DEVICE void advance(int stages) {
+      if (++slot == stages) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+  };
+
+  // ---- producers
+
+  // x goes to shared memory through registers, to change its order: each instruction takes four
+  // elements of every k_lane's segment, the first and third of all of them side by side, then the
+  // others. A task is one column's 16 elements of one instruction. 16 neighbouring threads have one
+  // column's tasks, so that they read whole lines, and write to all banks.
+  static constexpr int kTasks = kColumns * 16 / gpu::kStagedProducers;
+  using LoadedX = Words2[kTasks][kKLanes];
+
+  struct Task {
+    int column, quarter, step;
+    TORCH_Q4_DEVICE explicit Task(int index) {
+      const int thread = static_cast<int>(threadIdx.x) % gpu::kStagedProducers;
+      step = thread & 3;
+      quarter = thread >> 2 & 3;
+      column = thread / 16 + index * (gpu::kStagedProducers / 16);
+    }
+    // The first k_lane's; the others' are further(k_lane) elements on.
+    TORCH_Q4_DEVICE int element() const { return 16 * segment_of(0, quarter) + 4 * step; }
+    TORCH_Q4_DEVICE static int further(int k_lane) { return 16 * segment_of(k_lane, 0); }
+  };
+
+  TORCH_Q4_DEVICE void load_x(int unit, LoadedX& loaded) const {
+    const int elems = elements_of(unit);
+    // There is no room for all tasks' addresses to stay in registers.
+    const int64_t row_bytes = recomputed(2 * a.k);
+    const uint8_t* x = row_of<T>(a.x, first_column, a.k) + static_cast<int64_t>(unit) * (2 * kUnit);
+#pragma unroll
+    for (int index = 0; index < kTasks; ++index) {
+      const Task task(index);
+      const uint8_t* from = x + task.column * row_bytes + 2 * task.element();
+#pragma unroll
+      for (int k_lane = 0; k_lane < kKLanes; ++k_lane) {
+        loaded[index][k_lane] = {{0, 0}};
+        const int further = Task::further(k_lane);
+        if (task.column < columns &&
+            (kBlockParts<Format> > 1 || task.element() + further < elems)) {
+          loaded[index][k_lane] = *reinterpret_cast<const Words2*>(from + 2 * further);
+        }
+      }
+    }
+  }
+
+  TORCH_Q4_DEVICE void store_x(const LoadedX& loaded, uint8_t* x) const {
+#pragma unroll
+    for (int index = 0; index < kTasks; ++index) {
+      const Task task(index);
+      Words4 even, odd;
+#pragma unroll
+      for (int i = 0; i < kKLanes; ++i) {
+        const Words2& pairs = loaded[index][i];
+        even.w[i] = select_bytes<0, 1, 4, 5>(pairs.w[0], pairs.w[1]);
+        odd.w[i] = select_bytes<2, 3, 6, 7>(pairs.w[0], pairs.w[1]);
+      }
+      if (task.column < columns) {
+        uint8_t* to = x + (task.quarter * 4 + task.step) * kTilePitch + task.column * 16;
+        *reinterpret_cast<Words4*>(to) = even;
+        *reinterpret_cast<Words4*>(to + kColumns * 16) = odd;
+      }
+    }
+  }
+
+  // The weights of a unit come in pieces, between which staged_offset leaves gaps.
+  static constexpr int kPiece = gpu::staged_piece_bytes(Format::kBlockElems);
+
+  TORCH_Q4_DEVICE void produce(int wave) const {
+    constexpr int kWaves = gpu::kStagedProducers / kWaveLanes;
+    const int64_t group_bytes = (a.k / Format::kBlockElems) * kBlockBytes;
+    const uint8_t* weights = a.blocks + first_row / kTileRows * group_bytes;
+    int groups = 0;  // of this wave
+    while (has_rows(wave + groups * kWaves)) ++groups;
+    LoadedX loaded;
+    load_x(begin, loaded);
+    Place place;
+#pragma unroll 1
+    for (int unit = begin; unit < end; ++unit) {
+      wait_for(empty(place.slot), place.parity ^ 1);
+      if (lane == 0) {
+        const int bytes = elements_of(unit) / Format::kBlockElems * kBlockBytes;
+        expect_bytes(full(place.slot), groups * bytes);
+        for (int i = 0; i < groups; ++i) {
+          const int group = wave + i * kWaves;
+          const uint8_t* from =
+              weights + group * group_bytes + static_cast<int64_t>(unit) * kUnitBytes;
+          const uint32_t to =
+              shared_address(stages) + place.slot * stage_bytes + kXBytes + group * kWeightBytes;
+#pragma unroll
+          for (int at = 0; at < kUnitBytes; at += kPiece) {
+            const int piece = bytes - at < kPiece ? bytes - at : kPiece;
+            if (piece > 0) {
+              copy_async(to + gpu::staged_offset(Format::kBlockElems, at), from + at, piece,
+                         full(place.slot));
+            }
+          }
+        }
+      }
+      __syncwarp();
+      store_x(loaded, stages + place.slot * stage_bytes);
+      publish_shared();
+      __syncwarp();
+      if (lane == 0) arrive(full(place.slot));
+      if (unit + 1 < end) load_x(unit + 1, loaded);  // while this stage is awaited
+      place.advance(args.stages);
+    }
+  }
+
+  // ---- consumers
+
+  // Half of a unit, quarters [kFirst, kFirst + 2).
+  template <int kFirst, class All>
+  TORCH_Q4_DEVICE void multiply_quarters(const uint8_t* weights, uint64_t x, int parts, All all,
+                                         float (&sums)[kColumns / 2]) const {
+    static_assert(kStepSegments >= 2);
+    const int wanted = kFirst / kStepSegments * kKLanes + lane % kKLanes;
+    const bool is_part = all.value || wanted < parts;
+    const int index = is_part ? wanted : 0;
+    const int block = index / kBlockParts<Format>, part = index % kBlockParts<Format>;
+    const auto row = [&](int slot) {
+      return StagedRow<Format>{weights + block * kBlockPitch, line_row(lane / 4 + 8 * slot)};
+    };
+    const PairDecoder<Format, T> scales[] = {{row(0), part}, {row(1), part}};
+    // Read before the first instruction, so that what two quarters have in common is read once.
+    const auto codes_of = [&](int slot, int i) {
+      return Format::packed_codes(row(slot), part_segment<Format>(part, i));
+    };
+    constexpr int kI = kFirst % kStepSegments;
+    const decltype(codes_of(0, 0)) codes[2][2] = {{codes_of(0, kI), codes_of(1, kI)},
+                                                  {codes_of(0, kI + 1), codes_of(1, kI + 1)}};
+    uint32_t decoded[2][2][8];
+#pragma unroll
+    for (int quarter = 0; quarter < 2; ++quarter) {
+      auto& pairs = decoded[quarter];
+#pragma unroll
+      for (int slot = 0; slot < 2; ++slot) {
+        scales[slot].decode_apart(codes[quarter][slot], kI + quarter, pairs[slot]);
+        if (!is_part) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) pairs[slot][j] = 0;
+        }
+      }
+      Tile::begin();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        Tile::multiply(pairs[0][2 * j], pairs[1][2 * j], pairs[0][2 * j + 1], pairs[1][2 * j + 1],
+                       x + ((kFirst + quarter) * 4 + j) * (kTilePitch / 16), sums);
+      }
+      Tile::commit();
+    }
+    Tile::wait(sums);
+  }
+
+  // This wave's part of a unit.
+  template <int kPart, class All>
+  TORCH_Q4_DEVICE void multiply_unit(const uint8_t* weights, uint64_t x, int parts, All all,
+                                     float (&sums)[kColumns / 2]) const {
+    multiply_quarters<2 * kPart>(weights, x, parts, all, sums);
+    if constexpr (kShare == 1) multiply_quarters<2>(weights, x, parts, all, sums);
+  }
+
+  template <int kPart>
+  TORCH_Q4_DEVICE void consume(int group, float (&sums)[kColumns / 2]) const {
+    // A wave without rows takes part in the instructions of its four waves with some that are
+    // there.
+    const int place_of_group = group < args.groups ? group : args.groups - 1;
+    const uint8_t* weights = stages + kXBytes + place_of_group * kWeightBytes;
+    const uint64_t x = Tile::describe(stages);
+    Place place;
+#pragma unroll 1
+    for (int unit = begin; unit < end; ++unit) {
+      const int at = place.slot * stage_bytes;
+      wait_for(full(place.slot), place.parity);
+      if (is_whole(unit)) {
+        multiply_unit<kPart>(weights + at, x + at / 16, kUnitParts, std::true_type(), sums);
+      } else {
+        multiply_unit<kPart>(weights + at, x + at / 16, elements_of(unit) / kPartElems<Format>,
+                             std::false_type(), sums);
+      }
+      __syncwarp();
+      if (lane == 0) arrive(empty(place.slot));
+      place.advance(args.stages);
+    }
+  }
+
+  // Adds up the waves of a group and stores the result, or this split's part of it.
+  TORCH_Q4_DEVICE void store(const float (&sums)[kColumns / 2], int group, int share) const {
+    constexpr int kStride = gpu::kStagedSumStride;
+    auto* all = reinterpret_cast<float*>(stages);
+    const auto sums_of = [&](int which) {
+      return all + (which * gpu::kStagedMostGroups + group) * (kColumns * kStride);
+    };
+    sync_first_threads<kConsumers>();  // everyone is done with the stages
+    float* own = sums_of(share);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      own[column * kStride + lane / 4 + i / 2 % 2 * 8] = sums[i];
+    }
+    sync_first_threads<kConsumers>();
+    if (!has_rows(group)) return;
+    const int place = lane % 16;
+    const int64_t row = first_row + group * kTileRows + line_row(place);
+    const int split = static_cast<int>(blockIdx.x) % args.splits;
+    for (int column = share * 2 + lane / 16; column < columns; column += 2 * kShare) {
+      const int at = column * kStride + place;
+      float sum = sums_of(0)[at];
+      if constexpr (kShare == 2) sum += sums_of(1)[at];
+      const int64_t m = first_column + column;
+      if (args.splits > 1) {
+        const int64_t rows = a.row_end - a.row_begin;
+        args.partial[(split * a.m + m) * rows + row - a.row_begin] = sum;
+        continue;
+      }
+      if (a.bias != nullptr) sum += load_value(a.bias, row, a.dtype);
+      store_value(a.out, m * a.n + row, sum, a.dtype);
+    }
+  }
+};
+
+template <class Format, class T, int kColumns>
+TORCH_Q4_DEVICE void staged(const gpu::StagedArgs& a) {
+  extern __shared__ Words4 staged_memory[];
+  const StagedProduct<Format, T, kColumns> product(a, reinterpret_cast<uint8_t*>(staged_memory));
+  product.init_barriers();
+  const int wave = wave_of_block();
+  constexpr int kMost = gpu::kStagedMostGroups, kShare = gpu::staged_share(kColumns);
+  if (wave >= kMost * kShare) {
+    product.produce(wave - kMost * kShare);
+    return;
+  }
+  const int group = wave % kMost, share = wave / kMost;
+  float sums[kColumns / 2] = {};
+  if (kShare == 1 || share == 0) {
+    product.template consume<0>(group, sums);
+  } else {
+    product.template consume<1>(group, sums);
+  }
+  product.store(sums, group, share);
+}
+
+}  // namespace TORCH_Q4_NAMESPACE
