@@ -346,8 +346,8 @@ struct PairDecoder {
       const PartScales<Format, false> in_float(row, part);
 #pragma unroll
       for (int i = 0; i < kPartScales<Format>; ++i) {
-        scale[i] = float_to_bits(in_float.scale[i]);
-        start[i] = float_to_bits(in_float.start[i]);
+        scale[i] = float_to_bits(plain_nan<T>(in_float.scale[i]));
+        start[i] = float_to_bits(plain_nan<T>(in_float.start[i]));
       }
     }
   }
@@ -372,7 +372,7 @@ struct PairDecoder {
       decode_segment<Format, false>(codes, bits_to_float(by), bits_to_float(from),
                                     [&](int index, float value) { values[index] = value; });
 #pragma unroll
-      for (int j = 0; j < 8; ++j) pairs[j] = round_pair<T>(values[2 * j], values[2 * j + 1]);
+      for (int j = 0; j < 8; ++j) pairs[j] = round_plain_pair<T>(values[2 * j], values[2 * j + 1]);
     }
   }
 
@@ -408,8 +408,8 @@ struct PairDecoder {
                                     [&](int index, float value) { values[index] = value; });
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        pairs[2 * j] = round_pair<T>(values[4 * j], values[4 * j + 2]);
-        pairs[2 * j + 1] = round_pair<T>(values[4 * j + 1], values[4 * j + 3]);
+        pairs[2 * j] = round_plain_pair<T>(values[4 * j], values[4 * j + 2]);
+        pairs[2 * j + 1] = round_plain_pair<T>(values[4 * j + 1], values[4 * j + 3]);
       }
     }
   }

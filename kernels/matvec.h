@@ -36,7 +36,8 @@ TORCH_Q4_DEVICE int64_t clamped_row(int64_t m, int64_t rows) { return m < rows ?
 template <class Format, class T, int kColumns, class Rows>
 TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, int64_t first_column,
                                   float (&sums)[kColumns]) {
-  constexpr int kBatch = kHasDot2<T> ? 4 : 2;  // columns of x that are read at once
+  constexpr bool kDot2 = kHasDot2<T> && kColumns >= kFewestDot2Columns<T>;
+  constexpr int kBatch = kDot2 ? 4 : 2;  // columns of x that are read at once
   const int parts = static_cast<int>(a.k / kPartElems<Format>);
 #pragma unroll 1
   for (int index = threadIdx.x / kTileRows; index < parts;
@@ -44,14 +45,14 @@ TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, in
     const auto block = rows.block(index / kBlockParts<Format>);
     const int part = index % kBlockParts<Format>;
     const PartCodes<Format, decltype(rows.block(0)), kFewRegisters> codes(block, part);
-    const std::conditional_t<kHasDot2<T>, PairDecoder<Format, T>, PartScales<Format, kIsFloat32<T>>>
+    const std::conditional_t<kDot2, PairDecoder<Format, T>, PartScales<Format, kIsFloat32<T>>>
         scales(block, part);
     const uint32_t first = index / kBlockParts<Format> * Format::kBlockElems;
 #pragma unroll
     for (int i = 0; i < kPartSegments<Format>; ++i) {
       const int which = kPartScales<Format> == 1 ? 0 : i;
       const uint32_t at = first + 16 * part_segment<Format>(part, i);
-      if constexpr (kHasDot2<T>) {
+      if constexpr (kDot2) {
         uint32_t weights[8];
         scales.decode(codes.segment(i), i, weights);
 #pragma unroll
@@ -79,7 +80,7 @@ TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, in
           if (c % kBatch == kBatch - 1) schedule_fence();
         }
       }
-      if (kColumns > 1 || !kHasDot2<T> || kFewRegisters) schedule_fence();
+      if (kColumns > 1 || !kDot2 || kFewRegisters) schedule_fence();
     }
   }
 }

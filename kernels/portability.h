@@ -288,6 +288,13 @@ TORCH_Q4_DEVICE float code_to_float(uint32_t word) {
 }
 #endif
 
+// Bits of which the upper half is the value rounded to nearest even, as a bfloat16. The mantissa's
+// carry runs into the exponent as it should, but a NaN can become anything.
+TORCH_Q4_DEVICE uint32_t round_to_upper_half(float value) {
+  const uint32_t bits = float_to_bits(value);
+  return bits + 0x7FFFu + (bits >> 16 & 1u);
+}
+
 // Two floats rounded to nearest even, the first in the low half.
 template <class T>
 TORCH_Q4_DEVICE uint32_t round_pair(float low, float high);
@@ -315,14 +322,35 @@ TORCH_Q4_DEVICE uint32_t round_pair<BFloat16>(float low, float high) {
   return __builtin_bit_cast(uint32_t, pair);
 #else
   const auto rounded = [](float value) {
-    const uint32_t bits = float_to_bits(value);
-    // The mantissa's carry runs into the exponent as it should. A NaN must stay one.
-    const uint32_t up = bits + 0x7FFFu + (bits >> 16 & 1u);
-    return value == value ? up : 0x7FC00000u;
+    // A NaN must stay one.
+    return value == value ? round_to_upper_half(value) : 0x7FC00000u;
   };
   return select_bytes<2, 3, 6, 7>(rounded(low), rounded(high));
 #endif
 }
+
+// The same for many values that follow from a few: those went through plain_nan<T>, and what
+// arithmetic makes of them needs no test of its own. On most AMD architectures that test would be
+// two instructions of five.
+template <class T>
+TORCH_Q4_DEVICE float plain_nan(float value) {
+  return value;
+}
+template <class T>
+TORCH_Q4_DEVICE uint32_t round_plain_pair(float low, float high) {
+  return round_pair<T>(low, high);
+}
+#if defined(__HIP_DEVICE_COMPILE__) && !defined(__gfx950__)
+// Arithmetic hands on a NaN's mantissa; one with only its first bit set can be rounded.
+template <>
+TORCH_Q4_DEVICE float plain_nan<BFloat16>(float value) {
+  return value == value ? value : bits_to_float(0x7FC00000u);
+}
+template <>
+TORCH_Q4_DEVICE uint32_t round_plain_pair<BFloat16>(float low, float high) {
+  return select_bytes<2, 3, 6, 7>(round_to_upper_half(low), round_to_upper_half(high));
+}
+#endif
 
 template <class T>
 TORCH_Q4_DEVICE float low_of_pair(uint32_t pair);
@@ -345,6 +373,14 @@ template <>
 TORCH_Q4_DEVICE float high_of_pair<BFloat16>(uint32_t pair) {
   return bits_to_float(pair & 0xFFFF0000u);
 }
+
+// From how many columns on weights are worth rounding for dot2<T>, where they are not in T anyway.
+template <class T>
+constexpr int kFewestDot2Columns = 1;
+#if defined(__GFX11__) || defined(__GFX12__)
+template <>
+constexpr int kFewestDot2Columns<BFloat16> = 4;
+#endif
 
 // Whether dot2<T> is one instruction: exact products of two pairs, added up in float32.
 template <class T>

@@ -432,6 +432,7 @@ def _linear(
 ) -> None:
     launch = _launcher(session, function, columns)
     _products(session, rng, _row_shapes(fmt, columns, size), fmt, dtype, launch)
+    _nan_row(session, rng, fmt, dtype, launch)
     # The element kernel's time goes with the outputs; it has no fragments to get wrong.
     k = 256 if columns else 32 * (fmt.block_elems // 32)
     rows = np.arange(k)
@@ -450,6 +451,7 @@ def _matmul(
 ) -> None:
     launch = _launcher(session, function, columns)
     _products(session, rng, _tile_shapes(fmt, size), fmt, dtype, launch)
+    _nan_row(session, rng, fmt, dtype, launch)
     _one_hot_tiles(session, rng, fmt, dtype, columns, launch)
 
 
@@ -476,6 +478,7 @@ def _staged(
             *_tile_shapes(fmt, size)[number % 2 :: 2],
         ]
         _products(session, rng, shapes, fmt, dtype, launch)
+    _nan_row(session, rng, fmt, dtype, start(1, 2, 1))
     _one_hot_tiles(session, rng, fmt, dtype, columns, start(8, 4, 1))
 
 
@@ -521,6 +524,23 @@ def _products(
             str(shape),
         )
         session.release()
+
+
+def _nan_row(
+    session: Session, rng: np.random.Generator, fmt: Format, dtype: Float, launch: Launch
+) -> None:
+    """A row whose scales are NaN, all bits of their mantissas set, gives NaN, and no other does."""
+    weight = make_weight(fmt, args.GROUP_ROWS, 256, rng)
+    weight.blocks[5] = 0xFF
+    shape = Shape(weight.n, weight.k, 3, 0, weight.n, True, False)
+    a, out = _linear_args(session, shape, weight, dtype, None)
+    a.x = session.upload(dtype.encode(rng.standard_normal((shape.m, weight.k))))
+    launch(a)
+    wanted = np.zeros((shape.m, weight.n), bool)
+    wanted[:, 5] = True
+    got = np.isnan(dtype.decode(_written(session, out, shape)))
+    session.check_bits(got.astype(np.uint8), wanted.astype(np.uint8), f"NaN or not {shape}")
+    session.release()
 
 
 def _one_hot(
