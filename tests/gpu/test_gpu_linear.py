@@ -338,13 +338,15 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
             y = torch_q4.linear(x, many, fmt, packed=is_packed).view(m, groups, 16)
             one = torch_q4.linear(x, blocks, fmt, packed=is_packed)
             same = one[:, None].expand_as(y)
-            kernels = {
+            small, large = (
                 ops._linear_choice(
                     torch.cuda.current_device(), fmt.type_id, x.dtype, is_packed, m, n, k
                 )
                 for n in (16, groups * 16)
-            }
-            if kernels in ({"matvec"}, {"matmul_16"}):
+            )
+            if large != "blas":  # torch's product may add up in another order at another place
+                assert torch.equal(y, y[:, :1].expand_as(y))
+            if small == large and small in ("matvec", "matmul_16"):
                 assert torch.equal(y, same)
             else:  # these may add up in another order for another size
                 torch.testing.assert_close(y, same, rtol=2 * EPS[torch.float16], atol=0.05)
