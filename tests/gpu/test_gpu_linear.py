@@ -329,7 +329,7 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
     if free < 16 << 30:
         pytest.skip("needs 16 GB of free GPU memory")
     groups, k = 4112, 32768
-    canonical, packed, _ = weight(fmt, 16, k)
+    canonical, packed, w = weight(fmt, 16, k)
     for blocks, is_packed in ((canonical, False), (packed, True)):
         many = blocks.repeat(groups, 1)
         assert many.numel() > 2**31
@@ -350,6 +350,7 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
                 assert torch.equal(y, same)
             else:  # these may add up in another order for another size
                 torch.testing.assert_close(y, same, rtol=2 * EPS[torch.float16], atol=0.05)
+                assert_near(y[:, 0], x, w, None, F.linear(x, w.half()))
         values = ops.embedding(
             torch.tensor([groups * 16 - 1, 15], device=DEVICE), many, fmt.type_id, torch.float16,
             is_packed,
