@@ -401,6 +401,17 @@ def test_a_damaged_file_is_warned_of(monkeypatch, folder, content) -> None:
     assert str(path) in str(caught[0].message)
 
 
+def test_a_plan_that_cannot_be_followed_keeps_no_other_back(monkeypatch, folder) -> None:
+    """Such as one for a kernel that this build is without."""
+    path = folder / "tune.json"
+    _tune._write(path, saved(format="q5_k", plan=((1, "fast"),)))
+    _tune._write(path, saved())
+    fake_gpu(monkeypatch, number := next(DEVICES), "GPU")
+    with pytest.warns(UserWarning, match="could not be used as a whole.*for the rest.*got fast"):
+        text = plan_text(number)
+    assert (text, plan_text(number, "q5_k")) == (TEXT, "")
+
+
 def test_one_warning_is_enough(monkeypatch, folder) -> None:
     folder.mkdir()
     (folder / "tune.json").write_text("damaged")

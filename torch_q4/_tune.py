@@ -468,6 +468,7 @@ def _load_linear_plans(index: int) -> None:
     """Brings back a GPU's plans, at its first product; nothing in the file can break that one."""
     path: Path | str = "tune.json"
     failures: list[Exception] = []
+    followed = 0
     try:
         path = _cache_file()
         if plans := _read(path):
@@ -476,6 +477,7 @@ def _load_linear_plans(index: int) -> None:
                 if (plan.device, plan.architecture, plan.torch_q4) == where:
                     try:
                         plan.follow(index)
+                        followed += 1
                     except Exception as error:  # such as a kernel that this build is without
                         failures.append(error)
     except Exception as error:
@@ -483,8 +485,9 @@ def _load_linear_plans(index: int) -> None:
     if failures and str(path) not in _warned:
         _warned.add(str(path))
         warnings.warn(
-            f"tune: {path} could not be used, delete it if it is damaged; linear goes by its "
-            f"built-in tables: {_described(failures[0])}",
+            f"tune: {path} could not be used{' as a whole' if followed else ''}, delete it if it "
+            "is damaged; linear goes by its built-in tables"
+            f"{' for the rest' if followed else ''}: {_described(failures[0])}",
             stacklevel=2,
         )
 
