@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import random_blocks
@@ -108,3 +112,37 @@ def test_strides(fmt) -> None:
     assert torch.equal(torch_q4.pack(blocks[::2], fmt), torch_q4.pack(blocks[::2].clone(), fmt))
     with pytest.raises(RuntimeError, match="pack_: blocks must be contiguous"):
         ops.pack_(blocks[::2], fmt.type_id)
+
+
+HUGE_PAGES = """
+import ctypes, re, torch, torch_q4
+from pathlib import Path
+
+def huge() -> int:  # kB of this process's memory on huge pages
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(re.search(r"AnonHugePages: +([0-9]+)", text)[1])
+
+blocks = torch.zeros(2048, 16 * 1024 // 32 * 18, dtype=torch.uint8)
+before = huge()
+kept = torch_q4.pack(blocks, "q4_0")
+print(huge() - before)
+probe = torch.ones(8 << 20, dtype=torch.uint8)
+start = (probe.data_ptr() + (2 << 20) - 1) >> 21 << 21
+print(ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(2 << 20), 25))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how Linux maps memory")
+@pytest.mark.parametrize("setting", ["", "0"])
+def test_packed_weights_are_on_huge_pages(setting) -> None:
+    environment = dict(os.environ, TORCH_Q4_HUGE_PAGES=setting)
+    result = subprocess.run([sys.executable, "-c", HUGE_PAGES], capture_output=True, text=True,
+                            env=environment)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    kilobytes, collapse = map(int, result.stdout.split())
+    if setting == "0":
+        assert kilobytes == 0
+    elif collapse != 0:
+        pytest.skip("this Linux does not move memory to huge pages on request")
+    else:
+        assert kilobytes >= 8 << 10  # of 18 MB

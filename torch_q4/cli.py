@@ -578,6 +578,7 @@ def _tune(options: argparse.Namespace) -> int:
 # What the CPU kernels can use, and the packages that some parts need, with what for.
 _CPU_FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni",
+    "amx_tile", "amx_bf16",
 )  # fmt: skip
 _PACKAGES = {
     "safetensors": ("safetensors files", "pip install safetensors"),

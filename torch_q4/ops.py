@@ -390,9 +390,10 @@ def matmul_q4_0(x: Tensor, blocks: Tensor, n_rows: int, n_cols: int) -> Tensor:
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels: ``avx512``, ``avxvnni``, ``avx2`` or ``generic``.
+    """The instruction set of the CPU kernels.
 
-    The best one that this CPU has, or the one in the environment variable ``TORCH_Q4_CPU_ISA``.
+    One of ``amx``, ``avx512``, ``avxvnni``, ``avx2`` and ``generic``: the best one that this CPU
+    has, or the one in the environment variable ``TORCH_Q4_CPU_ISA``.
 
     Raises:
         RuntimeError: the variable names no such set, or one that this CPU lacks.

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace torch_q4::cpu {
@@ -29,6 +33,23 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+// Not in GCC 12's __builtin_cpu_supports: bits 22 and 24 of EDX in leaf 7. Linux wants to be
+// asked before a process uses the tiles, since they make the state of its threads 8 KB larger.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx = 0;
+  constexpr unsigned kWanted = 1u << 22 | 1u << 24;  // bfloat16 and tiles
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) ||
+      (edx & kWanted) != kWanted) {
+    return false;
+  }
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Candidate {
@@ -39,6 +60,7 @@ struct Candidate {
 const Kernels& choose() {
   const Candidate candidates[] = {// best first
 #if defined(__x86_64__)
+                                  {&kAmxKernels, has_amx()},
                                   {&kAvx512Kernels, has_avx512()},
                                   {&kAvxVnniKernels, has_avx_vnni()},
                                   {&kAvx2Kernels, has_avx2()},

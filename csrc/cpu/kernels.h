@@ -77,9 +77,22 @@ struct FormatKernels {
                             int64_t k_begin, int64_t k_end, float* grad_x);
 };
 
+// Exact products by the matrix instructions that some CPUs have.
+struct Tiles {
+  int64_t least_rows;  // of x, for which they are the quickest; 0: the CPU has none
+  // Writes column `m` of x, k floats, into `out`, which has x_floats floats for all m_total. False
+  // if not all of it is finite: then these kernels cannot multiply by it.
+  bool (*prepare)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+  int64_t (*x_floats)(int64_t m_total, int64_t k);
+  // scratch: as many floats as scratch_floats says.
+  void (*linear[kFormatCount])(const LinearArgs& args, float* scratch);
+  int64_t (*scratch_floats)(int64_t m);
+};
+
 struct Kernels {
   const char* isa;
   FormatKernels formats[kFormatCount];
+  Tiles tiles;
   void (*half_to_float)(const uint16_t* from, float* to, int64_t count);
   void (*float_to_half)(const float* from, uint16_t* to, int64_t count);
   void (*bfloat16_to_float)(const uint16_t* from, float* to, int64_t count);
@@ -91,11 +104,12 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 // The best table that this CPU runs, or the one that the environment variable TORCH_Q4_CPU_ISA
-// names (generic, avx2, avxvnni, avx512). Throws std::runtime_error if it names another, or one
-// that this CPU lacks. Decided at the first call.
+// names (generic, avx2, avxvnni, avx512, amx). Throws std::runtime_error if it names another, or
+// one that this CPU lacks. Decided at the first call.
 const Kernels& kernels();
 
 // Quantisers are compiled once, without vector extensions: their bytes must not depend on the CPU.

@@ -46,10 +46,10 @@ constexpr int kInt8Columns = 2, kExactColumns = 2;
 // dequantised weights.
 constexpr int kGroupedColumns = 4;
 
-// How far ahead of what it reads a kernel asks for bytes, into L2: far enough to cover DRAM's
-// latency, and a few lines at a time, since a burst of them would fill the buffers that loads wait
-// for too.
-constexpr int64_t kPrefetchBytes = 8192;
+// How far ahead of what it reads a kernel asks for bytes: into L1 what comes next, and into L2 what
+// lies past the end of a 4 KB page, where the CPU's own prefetching stops. A few lines at a time,
+// since a burst of them would fill the buffers that loads wait for too.
+constexpr int64_t kNearBytes = 1024, kFarBytes = 4608;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
@@ -250,7 +250,8 @@ void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
       constexpr int kBytes = kTileRows * kBlockBytes<Format>;
       for (int line = kBytes * segment / kSegments / 64;
            line < kBytes * (segment + 1) / kSegments / 64; ++line) {
-        __builtin_prefetch(tile + kPrefetchBytes + 64 * line, 0, 2);
+        __builtin_prefetch(tile + kNearBytes + 64 * line, 0, 3);
+        __builtin_prefetch(tile + kFarBytes + 64 * line, 0, 2);
       }
       Bytes lines[16 / kLineRows];
       for (int part = 0; part < 16 / kLineRows; ++part) {
@@ -450,10 +451,11 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
   }
 }
 
-// A panel's dequantised weights, [element][row], elements `stride` floats apart.
+// A panel's dequantised weights from element `first` on, [element][row], elements `stride` floats
+// apart.
 template <class Format>
-void dequantize_panel(const Panel& panel, int elems, float* weights, int64_t stride) {
-  for (int word = 0; word < elems / 4; ++word) {
+void dequantize_panel(const Panel& panel, int first, int elems, float* weights, int64_t stride) {
+  for (int word = first / 4; word < (first + elems) / 4; ++word, weights += 4 * stride) {
     const int group = word * 4 / Format::kGroupElems;
     for (int r = 0; r < kRowVectors; ++r) {
       const VecI codes = load_words(panel.codes[word] + 4 * kLanes * r);
@@ -464,7 +466,7 @@ void dequantize_panel(const Panel& panel, int elems, float* weights, int64_t str
         if constexpr (Format::kHasShift) {
           weight = add(weight, load(panel.shifts[group] + r * kLanes));
         }
-        store(weights + (word * 4 + kByte) * stride + r * kLanes, weight);
+        store(weights + kByte * stride + r * kLanes, weight);
       };
       put(std::integral_constant<int, 0>());
       put(std::integral_constant<int, 1>());
@@ -487,7 +489,7 @@ void dequantize_transposed(const Weight& weight, int64_t row_begin, int64_t row_
       const int elems = static_cast<int>(min(kTileElems, weight.k - k));
       unpack_panel<Format>(packed_tile<Format>(weight, row, k, buffer), elems / Format::kBlockElems,
                            panel);
-      dequantize_panel<ExactShape<Format>>(panel, elems, out + k * stride + row - row_begin,
+      dequantize_panel<ExactShape<Format>>(panel, 0, elems, out + k * stride + row - row_begin,
                                            stride);
     }
   }
@@ -546,7 +548,7 @@ void linear_exact(const LinearArgs& args, float* sums) {
       args, kExactWords, kExactColumns, sums,
       [&](const uint8_t* tile, int elems) {
         unpack_panel<Format>(tile, elems / Format::kBlockElems, panel);
-        dequantize_panel<ExactShape<Format>>(panel, elems, weights, kTileRows);
+        dequantize_panel<ExactShape<Format>>(panel, 0, elems, weights, kTileRows);
       },
       [&](const uint32_t* x, int width, int elems, float* to) {
         with_width<kExactColumns>(width, [&](auto constant) {
@@ -562,7 +564,32 @@ void linear_exact(const LinearArgs& args, float* sums) {
 template <class Format>
 constexpr bool kSignedProducts = Format::kCodeBits == 8 && !kWideProducts;
 
-// code = round(x * 127 / max|x|) of each 32 elements, ties to even.
+// 32 elements to codes, round(x * 127 / max|x|), ties to even; the scale is returned.
+inline float quantize_32(const float* from, int32_t* codes) {
+  // The magnitudes' order is that of their bits, and integers are what a compiler may compare in
+  // any order.
+  int32_t largest_bits = 0;
+  for (int i = 0; i < 32; ++i) {
+    const auto bits = static_cast<int32_t>(float_to_bits(from[i]) & 0x7FFFFFFFu);
+    largest_bits = bits > largest_bits ? bits : largest_bits;
+  }
+  // An infinity or a NaN makes the group's scale NaN, so that it reaches the result.
+  const bool finite = largest_bits < 0x7F800000;
+  const float largest = bits_to_float(static_cast<uint32_t>(largest_bits));
+  const float scale = finite ? largest / 127.0f : __builtin_nanf("");
+  // A subnormal scale has no finite inverse; such a group is zero to within 1e-38.
+  const float inverse = finite && scale > 1.2e-38f ? 1.0f / scale : 0.0f;
+  for (int i = 0; i < 32; ++i) codes[i] = 0;
+  if (inverse != 0.0f) {
+    for (int i = 0; i < 32; ++i) {
+      // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
+      const float shifted = from[i] * inverse + 12582912.0f;
+      codes[i] = static_cast<int32_t>(float_to_bits(shifted)) - 0x4B400000;
+    }
+  }
+  return scale;
+}
+
 template <class Format>
 void prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
   constexpr int kOffset = kSignedProducts<Format> ? 0 : Format::kOffset;
@@ -572,29 +599,9 @@ void prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* o
   for (int64_t t = 0; t < tiles; ++t, to += kInt8Words * block.width) {
     const int elems = static_cast<int>(min(kTileElems, k - t * kTileElems));
     for (int start = 0; start < elems; start += 32) {
-      const float* from = x + t * kTileElems + start;
-      // The magnitudes' order is that of their bits, and integers are what a compiler may compare
-      // in any order.
-      int32_t largest_bits = 0;
-      for (int i = 0; i < 32; ++i) {
-        const auto bits = static_cast<int32_t>(float_to_bits(from[i]) & 0x7FFFFFFFu);
-        largest_bits = bits > largest_bits ? bits : largest_bits;
-      }
-      // An infinity or a NaN makes the group's scale NaN, so that it reaches the result.
-      const bool finite = largest_bits < 0x7F800000;
-      const float largest = bits_to_float(static_cast<uint32_t>(largest_bits));
-      const float scale = finite ? largest / 127.0f : __builtin_nanf("");
-      // A subnormal scale has no finite inverse; such a group is zero to within 1e-38.
-      const float inverse = finite && scale > 1.2e-38f ? 1.0f / scale : 0.0f;
-      int32_t wide[32] = {};
+      int32_t wide[32];
       int8_t codes[32];
-      if (inverse != 0.0f) {
-        for (int i = 0; i < 32; ++i) {
-          // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the float.
-          const float shifted = from[i] * inverse + 12582912.0f;
-          wide[i] = static_cast<int32_t>(float_to_bits(shifted)) - 0x4B400000;
-        }
-      }
+      const float scale = quantize_32(x + t * kTileElems + start, wide);
       for (int i = 0; i < 32; ++i) codes[i] = static_cast<int8_t>(wide[i]);
       for (int i = 0; i < 8; ++i) {
         std::memcpy(to + (start / 4 + i) * block.width, codes + 4 * i, 4);
@@ -717,6 +724,16 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
   }
 }
 
+}  // namespace
+}  // namespace TORCH_Q4_NAMESPACE
+
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
+
+namespace TORCH_Q4_NAMESPACE {
+namespace {
+
 template <class Format>
 constexpr FormatKernels format_kernels() {
   return {dequantize<Format>,       dequantize_row<Format>,        repack<Format, true>,
@@ -727,15 +744,25 @@ constexpr FormatKernels format_kernels() {
 
 constexpr Kernels kernel_table(const char* isa) {
 #define TORCH_Q4_ENTRY(Format) format_kernels<Format>(),
-  return {isa,
-          {TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)},
-          half_to_float_array,
-          float_to_half_array,
-          bfloat16_to_float_array,
-          float_to_bfloat16_array};
+  Kernels kernels = {isa,
+                     {TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)},
+                     {},
+                     half_to_float_array,
+                     float_to_half_array,
+                     bfloat16_to_float_array,
+                     float_to_bfloat16_array};
 #undef TORCH_Q4_ENTRY
+#if defined(__AMX_BF16__)
+#define TORCH_Q4_ENTRY(Format) linear_tiles<Format>,
+  kernels.tiles = {kLeastTileColumns,
+                   prepare_tiles,
+                   tile_x_floats,
+                   {TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)},
+                   tile_scratch_floats};
+#undef TORCH_Q4_ENTRY
+#endif
+  return kernels;
 }
 
 }  // namespace
-
 }  // namespace TORCH_Q4_NAMESPACE

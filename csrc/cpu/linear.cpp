@@ -1,10 +1,13 @@
+#include <atomic>
+
 #include "common.h"
 
 namespace torch_q4::cpu {
 namespace {
 
 // From so many rows of x on, exact products go through torch's own matrix product: by then it costs
-// little to dequantise a panel of the weight first, and no kernel of ours is faster on float32.
+// little to dequantise a panel of the weight first, and no kernel of ours is faster on float32,
+// other than those on tiles.
 constexpr int64_t kBlasRows = 192;
 constexpr int64_t kBlasPanelBytes = 16 << 20;  // of dequantised weight at a time
 
@@ -57,7 +60,8 @@ void linear_by_panels(const Tensor& x, const Weight& weight, const FormatKernels
 
 // Runs a kernel over all rows, on all threads. Rows are shared out in groups of 16; where there are
 // fewer groups than threads, K is too, and the parts' results are added up.
-void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float* scratch)) {
+void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float* scratch),
+              int64_t scratch_floats) {
   const int64_t groups = (args.weight.n + 15) / 16;
   const int64_t tiles = (args.weight.k + kTileElems - 1) / kTileElems;
   const int64_t work = 16 * args.m * kTileElems;  // of a group's tile
@@ -72,7 +76,7 @@ void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float*
   };
   parallel_for(0, groups * parts, parts > 1 ? 1 : grain(work * tiles),
                [&](int64_t begin, int64_t end) {
-                 std::vector<float> sums(16 * args.m);
+                 std::vector<float> scratch(scratch_floats);
                  LinearArgs unit = args;
                  for (int64_t i = begin; i < end;) {
                    const int64_t part = i / groups;
@@ -83,7 +87,7 @@ void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float*
                    unit.tile_end = tiles * (part + 1) / parts;
                    unit.bias = part == 0 ? args.bias : nullptr;
                    unit.out = of_part(part);
-                   run(unit, sums.data());
+                   run(unit, scratch.data());
                    i = last;
                  }
                });
@@ -91,6 +95,24 @@ void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float*
     const float* from = of_part(part);
     for (int64_t i = 0; i < outputs; ++i) args.out[i] += from[i];
   }
+}
+
+// By the CPU's matrix instructions; false if x is not finite, and nothing is done.
+bool linear_by_tiles(LinearArgs args, const float* x, int format) {
+  const Tiles& tiles = kernels().tiles;
+  const int64_t k = args.weight.k;
+  Tensor prepared = empty({tiles.x_floats(args.m, k)}, ScalarType::Float);
+  void* to = prepared.mutable_data_ptr();
+  std::atomic<bool> finite(true);
+  parallel_for(0, args.m, grain(k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!tiles.prepare(x + row * k, k, row, args.m, to)) finite = false;
+    }
+  });
+  if (!finite) return false;
+  args.x = to;
+  multiply(args, tiles.linear[format], tiles.scratch_floats(args.m));
+  return true;
 }
 
 Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::optional<Tensor> bias,
@@ -110,16 +132,20 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
 
   const bool exact = compute == "exact";
   const FormatKernels& kernel = kernels().formats[format.index];
-  if (exact && args.m >= kBlasRows && args.weight.k > 0) {
+  const int64_t k = args.weight.k, least_rows = kernels().tiles.least_rows;
+  if (exact && k > 0 && least_rows > 0 && args.m >= least_rows &&
+      linear_by_tiles(args, static_cast<const float*>(source.const_data_ptr()), format.index)) {
+    return in_dtype(out, x.scalar_type());
+  }
+  if (exact && args.m >= kBlasRows && k > 0) {
     linear_by_panels(source, args.weight, kernel, args.bias, args.m, out);
     return in_dtype(out, x.scalar_type());
   }
-  const int64_t k = args.weight.k;
   const Tensor activations =
       prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
               exact ? kExactWords : kInt8Words, exact ? kernel.prepare_exact : kernel.prepare_int8);
   args.x = activations.const_data_ptr();
-  multiply(args, exact ? kernel.linear_exact : kernel.linear_int8);
+  multiply(args, exact ? kernel.linear_exact : kernel.linear_int8, 16 * args.m);
   return in_dtype(out, x.scalar_type());
 }
 

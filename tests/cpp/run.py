@@ -18,6 +18,7 @@ NEEDS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avxvnni": {"avx2", "avx_vnni"},
     "avx512": {"avx512_vnni", "avx512dq"},
+    "amx": {"avx512_vnni", "avx512dq", "amx_tile", "amx_bf16"},
 }
 
 

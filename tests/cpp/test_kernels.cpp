@@ -88,7 +88,8 @@ void expect_close(const std::string& what, const std::vector<float>& got,
 }
 
 template <class Format>
-void test_products(const Kernels& kernels, const FormatKernels& kernel, const Problem& p) {
+void test_products(const Kernels& kernels, int format, const Problem& p) {
+  const FormatKernels& kernel = kernels.formats[format];
   Random random;
   const std::string what = std::string(kernels.isa) + " " + Format::kName + " " +
                            std::to_string(p.m) + "x" + std::to_string(p.n) + "x" +
@@ -139,23 +140,43 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
     kernel.prepare_exact(x.data() + m * p.k, p.k, m, p.m, exact.data());
     kernel.prepare_int8(x.data() + m * p.k, p.k, m, p.m, int8.data());
   }
+  std::vector<float> by_tiles, tile_scratch;
+  if (const cpu::Tiles& tiles = kernels.tiles; tiles.least_rows > 0) {
+    by_tiles.resize(tiles.x_floats(p.m, p.k));
+    tile_scratch.resize(tiles.scratch_floats(p.m));
+    for (int64_t m = 0; m < p.m; ++m) {
+      if (!tiles.prepare(x.data() + m * p.k, p.k, m, p.m, by_tiles.data())) fail(what + " prepare");
+    }
+    for (const float odd : {INFINITY, -INFINITY, NAN}) {
+      std::vector<float> row(p.k, 1.0f);
+      row[p.k / 2] = odd;
+      std::vector<float> unused(tiles.x_floats(1, p.k));
+      if (tiles.prepare(row.data(), p.k, 0, 1, unused.data()))
+        fail(what + " prepare of " + std::to_string(odd));
+    }
+  }
   std::vector<float> sums(16 * p.m), out(p.m * p.n);
-  const auto multiply = [&](const Weight& weight, const void* activations, auto run) {
+  const auto multiply = [&](const Weight& weight, const void* activations, auto run,
+                            std::vector<float>& scratch_floats) {
     out.assign(out.size(), NAN);
     LinearArgs args{weight, activations, p.m, bias.data(), out.data(), 0, 0, 0, tiles};
     const int64_t middle = p.n / 32 * 16;  // in two parts, as two threads would
     for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, p.n}}) {
       args.row_begin = begin;
       args.row_end = end;
-      run(args, sums.data());
+      run(args, scratch_floats.data());
     }
   };
   for (const Weight& weight : weights) {
     const std::string layout = weight.packed ? " packed" : " canonical";
-    multiply(weight, exact.data(), kernel.linear_exact);
+    multiply(weight, exact.data(), kernel.linear_exact, sums);
     expect_close(what + layout + " exact", out, wanted, exact_bound);
-    multiply(weight, int8.data(), kernel.linear_int8);
+    multiply(weight, int8.data(), kernel.linear_int8, sums);
     expect_close(what + layout + " int8", out, wanted, int8_bound);
+    if (kernels.tiles.least_rows > 0) {
+      multiply(weight, by_tiles.data(), kernels.tiles.linear[format], tile_scratch);
+      expect_close(what + layout + " tiles", out, wanted, exact_bound);
+    }
     const int64_t stride = (p.n + 15) / 16 * 16;
     std::vector<float> transposed(p.k * stride);
     kernel.dequantize_transposed(weight, 0, p.n, transposed.data(), stride);
@@ -199,12 +220,12 @@ void test_products(const Kernels& kernels, const FormatKernels& kernel, const Pr
 }
 
 template <class Format>
-void test_format(const Kernels& kernels, const FormatKernels& kernel) {
-  for (const int64_t m : {1, 2, 4, 5, 13, 30}) {
+void test_format(const Kernels& kernels, int format) {
+  for (const int64_t m : {1, 2, 4, 5, 13, 30, 49}) {
     for (const int64_t n : {1, 16, 39}) {
-      for (const int64_t k : {256, 512, 1280}) test_products<Format>(kernels, kernel, {m, n, k});
+      for (const int64_t k : {256, 512, 1280}) test_products<Format>(kernels, format, {m, n, k});
       if (Format::kBlockElems == 32) {
-        for (const int64_t k : {32, 288, 736}) test_products<Format>(kernels, kernel, {m, n, k});
+        for (const int64_t k : {32, 288, 736}) test_products<Format>(kernels, format, {m, n, k});
       }
     }
   }
@@ -290,7 +311,7 @@ int main(int argc, char** argv) {
   const Kernels& kernels = cpu::kernels();
   const int arrays = test_golden(kernels);
   test_conversions(kernels);
-#define TORCH_Q4_TEST(Format) test_format<Format>(kernels, kernels.formats[cpu::k##Format##Index]);
+#define TORCH_Q4_TEST(Format) test_format<Format>(kernels, cpu::k##Format##Index);
   TORCH_Q4_FORMATS(TORCH_Q4_TEST)
 #undef TORCH_Q4_TEST
   std::printf("%s: %d golden arrays and %d formats agree\n", kernels.isa, arrays,
