@@ -39,11 +39,13 @@ if not _LIBRARY.exists():
 torch.ops.load_library(_LIBRARY)
 
 _ops = torch.ops.torch_q4
+_linear_op = _ops.linear.default  # looking it up costs a tenth of a small product
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _COMPUTES = ("exact", "int8")
 
 FormatLike = Format | str | int
+_BY_NAME = {fmt.name: fmt for fmt in formats.all()}
 
 
 # ---- the rules: one function per operator, the words those of csrc/checks.h ----------------------
@@ -256,32 +258,44 @@ def linear(
         ValueError: unknown format, or shapes, devices or ``compute`` that do not fit.
         TypeError: a dtype that is not supported.
     """
-    found = _format("linear", fmt)
+    found = _BY_NAME.get(fmt) if fmt.__class__ is str else None
+    if found is None:
+        found = _format("linear", fmt)
+    if torch.compiler.is_compiling():
+        _check_linear(x, blocks, found, bias, compute)
+        return _linear_op(x, blocks, found.type_id, bias, compute, packed)
+    try:
+        return _linear_eager(x, blocks, found.type_id, bias, compute, packed)
+    except RuntimeError as error:
+        refusal = error
+    # The operator makes the same checks, for less; here they tell a TypeError from a ValueError.
     _check_linear(x, blocks, found, bias, compute)
-    return linear_unchecked(x, blocks, found.type_id, bias, compute, packed)
+    raise refusal
 
 
 def linear_unchecked(
     x: Tensor, blocks: Tensor, type_id: int, bias: Tensor | None, compute: str, packed: bool
 ) -> Tensor:
-    """:func:`linear` by ggml's type number, its arguments checked by the operator alone.
+    """:func:`linear` by ggml's type number, its arguments checked by the operator alone."""
+    if torch.compiler.is_compiling():
+        return _linear_op(x, blocks, type_id, bias, compute, packed)
+    return _linear_eager(x, blocks, type_id, bias, compute, packed)
 
-    Where no gradient can be asked for, it goes past the autograd key: torch.library's rule there is
-    Python, and costs more than a small product.
+
+def _linear_eager(
+    x: Tensor, blocks: Tensor, type_id: int, bias: Tensor | None, compute: str, packed: bool
+) -> Tensor:
+    """The operator; where no gradient can be asked for, past the autograd key.
+
+    torch.library's rule there is Python, and costs more than a small product. Inference mode leaves
+    the key out by itself.
     """
-    # First whether it is being traced: the compiler cannot look at the rest. Inference mode leaves
-    # the key out by itself.
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or (
-            torch.is_grad_enabled()
-            and (x.requires_grad or (bias is not None and bias.requires_grad))
-        )
+    if torch.is_inference_mode_enabled() or (
+        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     ):
-        return _ops.linear.default(x, blocks, type_id, bias, compute, packed)
+        return _linear_op(x, blocks, type_id, bias, compute, packed)
     with torch._C._AutoDispatchBelowAutograd():
-        return _ops.linear.default(x, blocks, type_id, bias, compute, packed)
+        return _linear_op(x, blocks, type_id, bias, compute, packed)
 
 
 def embedding(

@@ -10,7 +10,12 @@
 
 namespace torch_q4::cpu {
 
-using torch::stable::parallel_for;
+// body(begin, end) over parts of the range, on torch's threads where it is worth more than one.
+template <class Body>
+inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
+  if (begin < end && end - begin <= grain) return body(begin, end);  // no call into torch
+  torch::stable::parallel_for(begin, end, grain, body);
+}
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return empty_on(aoti_torch_device_type_cpu(), 0, shape, dtype);

@@ -13,15 +13,29 @@ constexpr int64_t kBlasPanelBytes = 16 << 20;  // of dequantised weight at a tim
 
 using Prepare = void (*)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
 
-// x as the kernels read it, in memory from torch's allocator.
-Tensor prepare(const float* x, int64_t m, int64_t k, int words, Prepare run) {
-  const int64_t tiles = (k + kTileElems - 1) / kTileElems;
-  Tensor out = empty({m * tiles * words}, ScalarType::Float);
-  void* to = out.mutable_data_ptr();
+// Memory for floats: on the stack where it is little, since asking torch for it costs more than a
+// small product.
+class Floats {
+ public:
+  explicit Floats(int64_t count) {
+    if (count > kFew) large_ = empty({count}, ScalarType::Float);
+    data_ = count > kFew ? static_cast<float*>(large_.mutable_data_ptr()) : few_;
+  }
+  Floats(const Floats&) = delete;
+  float* data() { return data_; }
+
+ private:
+  static constexpr int64_t kFew = 2048;
+  alignas(64) float few_[kFew];
+  float* data_;
+  Tensor large_;
+};
+
+// x as the kernels read it.
+void prepare(const float* x, int64_t m, int64_t k, Prepare run, void* out) {
   parallel_for(0, m, grain(k), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) run(x + row * k, k, row, m, to);
+    for (int64_t row = begin; row < end; ++row) run(x + row * k, k, row, m, out);
   });
-  return out;
 }
 
 // out = x @ W.T + bias by dequantised panels of W; all float32.
@@ -141,10 +155,11 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
     linear_by_panels(source, args.weight, kernel, args.bias, args.m, out);
     return in_dtype(out, x.scalar_type());
   }
-  const Tensor activations =
-      prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
-              exact ? kExactWords : kInt8Words, exact ? kernel.prepare_exact : kernel.prepare_int8);
-  args.x = activations.const_data_ptr();
+  const int64_t tiles = (k + kTileElems - 1) / kTileElems;
+  Floats activations(args.m * tiles * (exact ? kExactWords : kInt8Words));
+  prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
+          exact ? kernel.prepare_exact : kernel.prepare_int8, activations.data());
+  args.x = activations.data();
   multiply(args, exact ? kernel.linear_exact : kernel.linear_int8, 16 * args.m);
   return in_dtype(out, x.scalar_type());
 }
