@@ -23,15 +23,15 @@ namespace TORCH_Q4_NAMESPACE {
 namespace {
 
 // From so many columns of x on, taking W apart is worth its cost.
-constexpr int64_t kLeastTileColumns = 32;
+constexpr int64_t kLeastTileColumns = 16;
 
 constexpr int kStep = 32;           // elements of K to an instruction
 constexpr int kTileBytes16 = 1024;  // of a tile of 16 by 64 bytes
 constexpr int kParts = 3;
 constexpr int kStepBytes = kParts * kTileBytes16;  // 16 rows of one step
-// What is worked on together: groups of 16 rows of W, and as much of K as leaves 32 columns of x in
-// L1.
-constexpr int64_t kPanelGroups = 16;
+// Groups of 16 rows of W that pass over x together, fewer of them for few columns, and steps for
+// which the parts of both stay in the caches.
+constexpr int64_t kPanelGroups = 16, kFewPanelGroups = 2, kFewColumns = 32;
 constexpr int kRunSteps = 2;
 
 // ---- tiles ----
@@ -200,53 +200,58 @@ void tile_products(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t
   }
 }
 
-// One row more than there are, or the columns of x would all fall into the same sets of the cache.
-constexpr int64_t kSumsStride = 16 * (kPanelGroups + 1);
+inline int64_t panel_groups(int64_t m) { return m <= kFewColumns ? kFewPanelGroups : kPanelGroups; }
 
-constexpr int64_t kPanelBytes = kTileElems / kStep * kStepBytes;  // of 16 rows
+// One group more than there are, or the columns of x would all fall into the same sets of the
+// cache.
+inline int64_t sums_stride(int64_t m) { return 16 * (panel_groups(m) + 1); }
+
 inline int64_t tile_scratch_floats(int64_t m) {
-  return 16 + kPanelGroups * kPanelBytes / 4 + tile_column_groups(m) * 16 * kSumsStride;
+  const auto bytes = static_cast<int64_t>(sizeof(Panel)) + kRunSteps * kStepBytes;
+  return 16 + panel_groups(m) * (bytes / 4) + tile_column_groups(m) * 16 * sums_stride(m);
 }
 
 template <class Format>
 void linear_tiles(const LinearArgs& args, float* scratch) {
   const int64_t k_total = args.weight.k, column_groups = tile_column_groups(args.m);
+  const int64_t most_groups = panel_groups(args.m), stride = sums_stride(args.m);
   const auto* x = static_cast<const uint8_t*>(args.x);
   const int64_t x_stride = k_total / kStep * kStepBytes;  // of 16 columns
-  auto* panels = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-  auto* sums = reinterpret_cast<float*>(panels + kPanelGroups * kPanelBytes);
-  Panel panel;
+  auto* panels = reinterpret_cast<Panel*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
+  auto* parts = reinterpret_cast<uint8_t*>(panels + most_groups);
+  auto* sums = reinterpret_cast<float*>(parts + most_groups * kRunSteps * kStepBytes);
   alignas(64) uint8_t buffer[kTileBytes<Format>] = {};
   configure_tiles(static_cast<int>(min(args.m, 16)));
 
-  for (int64_t row = args.row_begin; row < args.row_end; row += kPanelGroups * kTileRows) {
-    const int64_t rows = min(kPanelGroups * kTileRows, args.row_end - row);
+  for (int64_t row = args.row_begin; row < args.row_end; row += most_groups * kTileRows) {
+    const int64_t rows = min(most_groups * kTileRows, args.row_end - row);
     const int64_t groups = (rows + kTileRows - 1) / kTileRows;
     if (rows % kTileRows != 0) std::memset(buffer, 0, sizeof(buffer));
-    std::memset(sums, 0, column_groups * 16 * kSumsStride * sizeof(float));
+    std::memset(sums, 0, column_groups * 16 * stride * sizeof(float));
     for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
       const int64_t k = t * kTileElems;
       const int elems = static_cast<int>(min(kTileElems, k_total - k)), steps = elems / kStep;
       for (int64_t group = 0; group < groups; ++group) {
         unpack_panel<Format>(packed_tile<Format>(args.weight, row + group * kTileRows, k, buffer),
-                             elems / Format::kBlockElems, panel);
-        for (int step = 0; step < steps; ++step) {
-          alignas(64) float weights[kStep][16];
-          dequantize_panel<ExactShape<Format>>(panel, step * kStep, kStep, weights[0], kTileRows);
-          split_weights(weights, panels + group * kPanelBytes + step * kStepBytes);
-        }
+                             elems / Format::kBlockElems, panels[group]);
       }
-      for (int64_t column = 0; column < column_groups; column += 2) {
-        const uint8_t* a = x + column * x_stride + k / kStep * kStepBytes;
-        for (int first = 0; first < steps; first += kRunSteps) {
-          const int run = min_int(kRunSteps, steps - first);
+      for (int first = 0; first < steps; first += kRunSteps) {
+        const int run = min_int(kRunSteps, steps - first);
+        for (int64_t i = 0; i < groups * run; ++i) {
+          const auto group = i / run, step = i % run;
+          alignas(64) float weights[kStep][16];
+          dequantize_panel<ExactShape<Format>>(
+              panels[group], static_cast<int>(first + step) * kStep, kStep, weights[0], kTileRows);
+          split_weights(weights, parts + (group * kRunSteps + step) * kStepBytes);
+        }
+        for (int64_t column = 0; column < column_groups; column += 2) {
+          const uint8_t* a = x + column * x_stride + (k / kStep + first) * kStepBytes;
           for (int64_t group = 0; group < groups; group += 2) {
-            const uint8_t* b = panels + group * kPanelBytes + first * kStepBytes;
-            float* to = sums + column * 16 * kSumsStride + group * 16;
             const bool wide = column + 1 < column_groups, tall = group + 1 < groups;
             const auto products = wide ? (tall ? tile_products<2, 2> : tile_products<2, 1>)
                                        : (tall ? tile_products<1, 2> : tile_products<1, 1>);
-            products(a + first * kStepBytes, x_stride, b, kPanelBytes, run, to, kSumsStride);
+            products(a, x_stride, parts + group * kRunSteps * kStepBytes, kRunSteps * kStepBytes,
+                     run, sums + column * 16 * stride + group * 16, stride);
           }
         }
       }
@@ -255,7 +260,7 @@ void linear_tiles(const LinearArgs& args, float* scratch) {
     for (int64_t m = 0; m < args.m; ++m) {
       float* out = args.out + m * args.weight.n + row;
       for (int64_t r = 0; r < rows; ++r) {
-        const float product = sums[m * kSumsStride + r] * scales[m];
+        const float product = sums[m * stride + r] * scales[m];
         out[r] = args.bias ? product + args.bias[row + r] : product;
       }
     }
