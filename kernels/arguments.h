@@ -41,8 +41,8 @@ constexpr int kGroupRows = 16;  // rows that a block works on, those that the la
 
 constexpr int kMatvecColumns[] = {1, 2, 4, 8};
 constexpr int kMatmulColumns[] = {16, 64};
-constexpr int kTransposedRows = 4;  // rows of grad that a block works on
-constexpr int kPanelColumns = 512;  // elements of 16 rows that a block of dequantize works on
+constexpr int kTransposedRows = 4;   // rows of grad that a block works on
+constexpr int kPanelColumns = 1024;  // elements of 16 rows that a block of dequantize works on
 
 constexpr int kStagedColumns[] = {8, 16, 32, 64, 128};
 constexpr int kStagedUnit = 256;       // elements of K, a stage

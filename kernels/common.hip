@@ -10,6 +10,7 @@ extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads)
 
 extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu::SumArgs a) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * gpu::kBlockThreads + threadIdx.x;
+  wait_for_previous();
   if (index >= a.count) return;
   float sum = 0;
   for (int split = 0; split < a.splits; ++split) sum += a.partial[split * a.count + index];

@@ -199,13 +199,19 @@ struct CanonicalRow {
   static constexpr int kRestart = restart(), kJump = jump();
   static constexpr bool kLinesFollow = lines_follow();
 
-  TORCH_Q4_DEVICE Bytes line(int index) const {
+  TORCH_Q4_DEVICE static int line_offset(int index) {
     static_assert(kLinesFollow);
-    return load_line<kAlign>(block + kFirst + 16 * index + (index >= kRestart ? kJump : 0));
+    return kFirst + 16 * index + (index >= kRestart ? kJump : 0);
+  }
+  TORCH_Q4_DEVICE static int bits_offset(int index) {
+    constexpr int kBits = Format::kChunks[kLines < kChunkCount<Format> ? kLines : 0].offset;
+    return kBits + 2 * (index - kLines);
+  }
+  TORCH_Q4_DEVICE Bytes line(int index) const {
+    return load_line<kAlign>(block + line_offset(index));
   }
   TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
-    constexpr int kBits = Format::kChunks[kLines < kChunkCount<Format> ? kLines : 0].offset;
-    return expand_bits(*reinterpret_cast<const uint16_t*>(block + kBits + 2 * (index - kLines)));
+    return expand_bits(*reinterpret_cast<const uint16_t*>(block + bits_offset(index)));
   }
   template <int kIndex>
   TORCH_Q4_DEVICE float half() const {

@@ -49,73 +49,397 @@ TORCH_Q4_DEVICE void dequantize_row_part(const uint8_t* blocks, int64_t n, int64
   }
 }
 
-// kPanelColumns elements of 16 packed rows, 32 a thread. Threads with neighbouring rows read what
-// lies side by side in the packed layout; results of 16 bits go through shared memory, so that
-// neighbouring threads write what lies side by side in a row.
+// ---- whole matrices
+// ---------------------------------------------------------------------------------
+//
+// A block of threads brings what it decodes to shared memory first, 16 bytes a thread and load,
+// however the weights' own blocks are aligned. From there 32 threads at a time decode 256 elements
+// that follow each other, each thread as many of them as fill 16 bytes: every store is of whole
+// lines of memory.
+
+constexpr int kUnitElems = 256;
+constexpr int kUnitThreads = 32;
+constexpr int kUnitsAtOnce = gpu::kBlockThreads / kUnitThreads;
+
+// Elements of T in 16 bytes.
+template <class T>
+constexpr int kPieceElems = 16 / kElementBytes<T>;
+
+// The codes of a piece, four in a word.
+template <int kWords>
+struct Codes {
+  uint32_t w[kWords];
+
+  template <class Word>
+  TORCH_Q4_DEVICE static Codes map(const Word& word) {
+    Codes out;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) out.w[i] = word(i);
+    return out;
+  }
+  TORCH_Q4_DEVICE friend Codes operator|(const Codes& a, const Codes& b) {
+    return map([&](int i) { return a.w[i] | b.w[i]; });
+  }
+  TORCH_Q4_DEVICE friend Codes operator^(const Codes& a, int mask) {
+    return map([&](int i) { return a.w[i] ^ in_each_byte(mask); });
+  }
+  TORCH_Q4_DEVICE friend Codes operator<<(const Codes& a, int bits) {
+    return map([&](int i) { return a.w[i] << bits & in_each_byte(0xFF << bits); });
+  }
+};
+
+// Words from shared memory that is aligned to kAlign, of which 4 more bytes can be read.
+template <int kWords, int kAlign>
+TORCH_Q4_DEVICE Codes<kWords> load_codes(const uint8_t* from) {
+  if constexpr (kWords == 2 && kAlign >= 8) {
+    const Words2 words = *reinterpret_cast<const Words2*>(from);
+    return {{words.w[0], words.w[1]}};
+  } else if constexpr (kAlign >= 4) {
+    return Codes<kWords>::map(
+        [&](int i) { return *reinterpret_cast<const uint32_t*>(from + 4 * i); });
+  } else {
+    const uint32_t odd = reinterpret_cast<uintptr_t>(from) & 2;
+    const auto* words = reinterpret_cast<const uint32_t*>(from - odd);
+    return Codes<kWords>::map([&](int i) { return shift_words(words[i], words[i + 1], 8 * odd); });
+  }
+}
+
+// A piece of a 16-byte chunk, read where it becomes codes: kWords words from byte `first` on, or
+// half as many where each byte has two neighbouring elements.
+template <int kWords, int kAlign>
+struct Line {
+  const uint8_t* chunk;
+  int first;
+  int shift = 0, mask = 0xFF;  // a code is byte >> shift & mask
+
+  using Piece = Codes<kWords>;
+
+  TORCH_Q4_DEVICE Line operator>>(int bits) const {
+    return {chunk, first, shift + bits, mask >> bits & 0xFF >> (shift + bits)};
+  }
+  TORCH_Q4_DEVICE Line operator&(int bits) const { return {chunk, first, shift, mask & bits}; }
+  TORCH_Q4_DEVICE operator Piece() const {
+    const Piece bytes = load_codes<kWords, kAlign>(chunk + first);
+    return Piece::map([&](int i) { return field(bytes.w[i]); });
+  }
+  TORCH_Q4_DEVICE friend Piece operator|(const Line& a, const Line& b) {
+    return static_cast<Piece>(a) | static_cast<Piece>(b);
+  }
+  TORCH_Q4_DEVICE Piece operator^(int bits) const { return static_cast<Piece>(*this) ^ bits; }
+  TORCH_Q4_DEVICE Piece operator<<(int bits) const { return static_cast<Piece>(*this) << bits; }
+
+  TORCH_Q4_DEVICE uint32_t field(uint32_t word) const { return word >> shift & in_each_byte(mask); }
+  // Elements 2 i in `low`, 2 i + 1 in `high`.
+  TORCH_Q4_DEVICE static Piece interleave(const Line& low, const Line& high, int segment) {
+    const uint8_t* from = low.chunk + 8 * segment + low.first / 2;
+    uint32_t word;
+    if constexpr (kWords == 2) {
+      word = load_codes<1, kAlign>(from).w[0];
+    } else {
+      word = *reinterpret_cast<const uint16_t*>(from);
+    }
+    const uint32_t a = low.field(word), b = high.field(word);
+    return Piece::map([&](int i) {
+      return i == 0 ? select_bytes<0, 4, 1, 5>(a, b) : select_bytes<2, 6, 3, 7>(a, b);
+    });
+  }
+};
+
+// The fifth bits of a piece's elements, of which those of `bits` belong to 16 from element 0 on.
+template <int kWords>
+TORCH_Q4_DEVICE Codes<kWords> expand_piece(uint32_t bits, int first) {
+  return Codes<kWords>::map(
+      [&](int i) { return ((bits >> (first + 4 * i) & 0xFu) * 0x00204081u & 0x01010101u) << 4; });
+}
+
+// A piece of every segment of one row's block in GGML's layout, in shared memory.
+template <class Format, int kWords>
+struct CanonicalPiece {
+  const uint8_t* block;
+  int first;
+
+  using Row = CanonicalRow<Format>;
+  using Chunk = Line<kWords, Row::kAlign>;
+
+  TORCH_Q4_DEVICE Chunk line(int index) const { return {block + Row::line_offset(index), first}; }
+  TORCH_Q4_DEVICE Codes<kWords> fifth_bits(int index) const {
+    const uint8_t* bits = block + Row::bits_offset(index);
+    return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
+  }
+  TORCH_Q4_DEVICE static Codes<kWords> interleave(const Chunk& low, const Chunk& high,
+                                                  int segment) {
+    return Chunk::interleave(low, high, segment);
+  }
+};
+
+// Where byte `offset` of packed blocks lies in shared memory: a gap after every 256 bytes puts the
+// chunks of one row into different banks.
+TORCH_Q4_DEVICE constexpr int gapped(int offset) { return offset + offset / 256 * 16; }
+
+// The same of a packed block, which begins `start` bytes after the first.
+template <class Format, int kWords>
+struct PackedPiece {
+  const uint8_t* blocks;
+  int start, row, first;
+
+  using Chunk = Line<kWords, 16>;
+
+  TORCH_Q4_DEVICE Chunk line(int index) const {
+    // 256 bytes and their gap a line.
+    return {blocks + gapped(start + 16 * line_row(row)) + 272 * index, first};
+  }
+  TORCH_Q4_DEVICE Codes<kWords> fifth_bits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
+    const uint8_t* bits = blocks + gapped(start + offset + 2 * line_row(row));
+    return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE float half() const {
+    const uint8_t* from = blocks + gapped(start + chunk_start<Format>(kIndex) + 2 * row);
+    return half_to_float(*reinterpret_cast<const uint16_t*>(from));
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE uint32_t word() const {
+    return *reinterpret_cast<const uint32_t*>(
+        blocks + gapped(start + chunk_start<Format>(kIndex) + 4 * row));
+  }
+  TORCH_Q4_DEVICE static Codes<kWords> interleave(const Chunk& low, const Chunk& high,
+                                                  int segment) {
+    return Chunk::interleave(low, high, segment);
+  }
+};
+
+// The values of a piece, bit for bit ggml's, rounded to T, as 16 bytes.
+template <class Format, class T>
+TORCH_Q4_DEVICE Words4 dequantize_piece(const Codes<kPieceElems<T> / 4>& codes, float scale,
+                                        float shift) {
+  constexpr int kElems = kPieceElems<T>, kBits = Format::kCodeBits;
+  constexpr float kBias = kCodeBias<kBits> + Format::kOffset;
+  float values[kElems];
+  const auto value = [&](float code) {
+    // What is multiplied has 22 bits together: the product is exact, and adding to it in the same
+    // instruction changes nothing.
+    if (Format::kHasShift) return fmaf(code - kBias, scale, shift);
+    return signed_product(scale, code - kBias);
+  };
+#pragma unroll
+  for (int i = 0; i < kElems; i += 4) {
+    const uint32_t word = prepare_codes<kBits>(codes.w[i / 4]);
+    values[i] = value(code_to_float<0, kBits>(word));
+    values[i + 1] = value(code_to_float<1, kBits>(word));
+    values[i + 2] = value(code_to_float<2, kBits>(word));
+    values[i + 3] = value(code_to_float<3, kBits>(word));
+  }
+  Words4 words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kIsFloat32<T>) {
+      words.w[i] = float_to_bits(values[i]);
+    } else {
+      words.w[i] = round_pair<T>(values[2 * i], values[2 * i + 1]);
+    }
+  }
+  return words;
+}
+
+// What a block of threads has in shared memory.
 template <class Format>
-TORCH_Q4_DEVICE void dequantize_panel(const gpu::DequantizeArgs& a, int64_t group, int64_t first) {
-  constexpr int kLineElems = 8;  // of 16 bits, in 16 bytes
-  constexpr int kLines = gpu::kPanelColumns / kLineElems;
-  constexpr int kPieces = kBlockParts<Format> == 1 ? 1 : 2;  // threads that share a part
-  __shared__ Words4 shared[kTileRows][kLines + 1];  // the odd one spreads rows over the banks
-  const int place = threadIdx.x % kTileRows, slot = threadIdx.x / kTileRows;
-  const int part_index = slot / kPieces, piece = slot % kPieces;
-  const int block =
-      static_cast<int>(first / Format::kBlockElems) + part_index / kBlockParts<Format>;
-  const int part = part_index % kBlockParts<Format>;
-  const int64_t out_row = group * kTileRows;
-  if (block < a.k / Format::kBlockElems) {
-    const auto row =
-        PackedRows<Format>(a.blocks, a.k, a.row_begin + out_row, line_row(place)).block(block);
+struct DequantizeShared {
+  static constexpr int kBytes = sizeof(typename Format::Block);
+  static constexpr int kBlockElems = Format::kBlockElems;
+  // Canonical blocks, and packed ones of a row.
+  static constexpr int kBlocks = gpu::kBlockThreads / kBlockParts<Format>;
+  static constexpr int kPanelBlocks = gpu::kPanelColumns / kBlockElems;
+  static constexpr int kCanonicalBytes = kBlocks * kBytes + 16;
+  static constexpr int kPackedBytes = kPanelBlocks * kTileRows * kBytes;
+  static constexpr int kStagedBytes = kCanonicalBytes > gapped(kPackedBytes) ? kCanonicalBytes
+                                                                             : gapped(kPackedBytes);
+  // Of a block of 256 elements each segment's scale and shift, and a gap for the banks.
+  static constexpr bool kKeepsScales = kPartScales<Format> > 1;
+  static constexpr int kStride = kBlockElems / 16 + 1;
+  static_assert(!kKeepsScales || kPanelBlocks * kTileRows <= kBlocks);
+
+  struct Plain {
+    float scale;
+  };
+  struct alignas(8) Shifted {
+    float scale, shift;
+  };
+  using Scale = std::conditional_t<Format::kHasShift, Shifted, Plain>;
+
+  alignas(16) uint8_t staged[(kStagedBytes + 4 + 15) / 16 * 16];  // 4: load_codes
+  Scale scales[kKeepsScales ? kBlocks * kStride : 1];
+
+  // Bytes that begin at a multiple of 16.
+  template <int kMostBytes, bool kGaps>
+  TORCH_Q4_DEVICE void stage(const uint8_t* from, int bytes) {
+    constexpr int kLoads = (kMostBytes + 16 * gpu::kBlockThreads - 1) / (16 * gpu::kBlockThreads);
+    Bytes lines[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = 16 * (static_cast<int>(threadIdx.x) + i * gpu::kBlockThreads);
+      if (at + 16 <= bytes) lines[i] = load_line<16>(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = 16 * (static_cast<int>(threadIdx.x) + i * gpu::kBlockThreads);
+      const uint32_t (&w)[4] = lines[i].w;
+      auto* to = reinterpret_cast<Words4*>(staged + (kGaps ? gapped(at) : at));
+      if (at + 16 <= bytes) *to = {{w[0], w[1], w[2], w[3]}};
+    }
+    // Only GGML's layout ends in between, and nothing may be read past its end.
+    const int rest = bytes % 16 / 2, thread = static_cast<int>(threadIdx.x);
+    if (!kGaps && thread < rest) {
+      const int at = bytes / 16 * 16 + 2 * thread;
+      *reinterpret_cast<uint16_t*>(staged + at) = *reinterpret_cast<const uint16_t*>(from + at);
+    }
+    __syncthreads();
+  }
+
+  // `part`'s scales of the block that is number `block` here.
+  template <class Row>
+  TORCH_Q4_DEVICE void keep_scales(const Row& row, int part, int block) {
     float scale[kPartScales<Format>], shift[kPartScales<Format>];
     Format::part_scales(row, part, scale, shift);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      constexpr bool kOne = kPartScales<Format> == 1;
-      // Of values, since a choice among places in an array would put that into memory.
-      const float first_scale = scale[kOne ? 0 : i], second_scale = scale[kOne ? 0 : i + 2];
-      const float first_shift = shift[kOne ? 0 : i], second_shift = shift[kOne ? 0 : i + 2];
-      const int segment = part_segment<Format>(part, 2 * piece + i);
-      float values[16];
-      dequantize_segment<Format>(Format::packed_codes(row, segment),
-                                 piece == 0 ? first_scale : second_scale,
-                                 piece == 0 ? first_shift : second_shift, values);
-      const int64_t element = static_cast<int64_t>(block) * Format::kBlockElems + 16 * segment;
-      if (a.dtype == gpu::kFloat32) {
-        store_segment(a.out, (out_row + line_row(place)) * a.k + element, values, a.dtype);
-      } else {
-        store_segment(shared[place], element - first, values, a.dtype);
-      }
+    for (int i = 0; i < kPartScales<Format>; ++i) {
+      Scale& to = scales[block * kStride + part_segment<Format>(part, i)];
+      to.scale = scale[i];
+      if constexpr (Format::kHasShift) to.shift = shift[i];
     }
   }
-  if (a.dtype == gpu::kFloat32) return;
-  __syncthreads();
-#pragma unroll
-  for (int i = threadIdx.x; i < kTileRows * kLines; i += gpu::kBlockThreads) {
-    const int from = i / kLines, line = i % kLines;
-    if (first + kLineElems * line < a.k) {
-      const int64_t index = (out_row + line_row(from)) * a.k + first + kLineElems * line;
-      *reinterpret_cast<Words4*>(static_cast<uint16_t*>(a.out) + index) = shared[from][line];
+
+  // Decodes what `piece` reads of a segment of the block that is number `block` here, and whose
+  // scales `row` reads, to out[index].
+  template <class T, class Piece, class Row>
+  TORCH_Q4_DEVICE void decode(const Piece& piece, const Row& row, int segment, int block, void* out,
+                              int64_t index) const {
+    float scale, shift = 0;
+    if constexpr (kKeepsScales) {
+      const Scale& found = scales[block * kStride + segment];
+      scale = found.scale;
+      if constexpr (Format::kHasShift) shift = found.shift;
+    } else {
+      float scale_of[1], shift_of[1];
+      Format::part_scales(row, 0, scale_of, shift_of);
+      scale = scale_of[0];
+      if (Format::kHasShift) shift = shift_of[0];
     }
+    const Codes<kPieceElems<T> / 4> codes = Format::packed_codes(piece, segment);
+    *reinterpret_cast<Words4*>(static_cast<uint8_t*>(out) + index * kElementBytes<T>) =
+        dequantize_piece<Format, T>(codes, scale, shift);
+  }
+};
+
+// Block `block` of those that decode the rows from `first` on, which are in GGML's layout and so
+// one sequence of weight blocks.
+template <class Format, class T>
+TORCH_Q4_DEVICE void dequantize_canonical(const gpu::DequantizeArgs& a, int64_t first,
+                                          int64_t block, DequantizeShared<Format>& shared) {
+  using Shared = DequantizeShared<Format>;
+  constexpr int kUnitBlocks = kUnitElems / Format::kBlockElems;
+  const int64_t row_blocks = a.k / Format::kBlockElems;
+  const int64_t begin = first * row_blocks + block * Shared::kBlocks;
+  const int64_t left = a.row_end * row_blocks - begin;
+  const int count = left < Shared::kBlocks ? static_cast<int>(left) : Shared::kBlocks;
+  const int skew = static_cast<int>(begin * Shared::kBytes % 16);
+  shared.template stage<Shared::kCanonicalBytes, false>(a.blocks + begin * Shared::kBytes - skew,
+                                                        skew + count * Shared::kBytes);
+  const uint8_t* blocks = shared.staged + skew;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kUnitThreads;
+  if constexpr (Shared::kKeepsScales) {
+    const int place = thread / kBlockParts<Format>;
+    if (place < count) {
+      shared.keep_scales(CanonicalRow<Format>{blocks + place * Shared::kBytes},
+                         thread % kBlockParts<Format>, place);
+    }
+    __syncthreads();
+  }
+  const int64_t index = (begin - a.row_begin * row_blocks) * Format::kBlockElems;
+#pragma unroll 1  // more would cost registers, and so threads that hide each other's waits
+  for (int unit = thread / kUnitThreads; unit < Shared::kBlocks / kUnitBlocks;
+       unit += kUnitsAtOnce) {
+#pragma unroll
+    for (int start = 0; start < kUnitElems; start += kUnitThreads * kPieceElems<T>) {
+      const int element = start + lane * kPieceElems<T>;
+      const int place = unit * kUnitBlocks + element / Format::kBlockElems;
+      const int segment = element % Format::kBlockElems / 16;
+      if (place >= count) continue;
+      const uint8_t* from = blocks + place * Shared::kBytes;
+      shared.template decode<T>(CanonicalPiece<Format, kPieceElems<T> / 4>{from, element % 16},
+                                CanonicalRow<Format>{from}, segment, place, a.out,
+                                index + unit * kUnitElems + element);
+    }
+  }
+}
+
+// kPanelColumns elements from `first` on of the 16 packed rows of `group`.
+template <class Format, class T>
+TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t group, int64_t first,
+                                       DequantizeShared<Format>& shared) {
+  using Shared = DequantizeShared<Format>;
+  using Piece = PackedPiece<Format, kPieceElems<T> / 4>;
+  constexpr int kBlockBytes = kTileRows * Shared::kBytes;
+  constexpr int kUnits = gpu::kPanelColumns / kUnitElems * kTileRows;
+  const int64_t row_blocks = a.k / Format::kBlockElems;
+  const int64_t left = (a.k - first) / Format::kBlockElems;
+  const int count = left < Shared::kPanelBlocks ? static_cast<int>(left) : Shared::kPanelBlocks;
+  const int64_t begin =
+      (a.row_begin + group * kTileRows) * row_blocks + first / Format::kBlockElems * kTileRows;
+  shared.template stage<Shared::kPackedBytes, true>(a.blocks + begin * Shared::kBytes,
+                                                    count * kBlockBytes);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kUnitThreads;
+  if constexpr (Shared::kKeepsScales) {
+    const int row = thread % kTileRows, part = thread / kTileRows % kBlockParts<Format>;
+    const int place = thread / (kTileRows * kBlockParts<Format>);
+    if (place < count) {
+      shared.keep_scales(Piece{shared.staged, place * kBlockBytes, row, 0}, part,
+                         place * kTileRows + row);
+    }
+    __syncthreads();
+  }
+  const int64_t index = group * kTileRows * a.k + first;
+#pragma unroll 1  // more would cost registers, and so threads that hide each other's waits
+  for (int unit = thread / kUnitThreads; unit < kUnits; unit += kUnitsAtOnce) {
+    const int row = unit % kTileRows, column = unit / kTileRows * kUnitElems;
+#pragma unroll
+    for (int start = 0; start < kUnitElems; start += kUnitThreads * kPieceElems<T>) {
+      const int element = column + start + lane * kPieceElems<T>;
+      const int place = element / Format::kBlockElems;
+      const int segment = element % Format::kBlockElems / 16;
+      if (place >= count) continue;
+      const Piece piece = {shared.staged, place * kBlockBytes, row, element % 16};
+      shared.template decode<T>(piece, piece, segment, place * kTileRows + row, a.out,
+                                index + row * a.k + element);
+    }
+  }
+}
+
+template <class Format, class T>
+TORCH_Q4_DEVICE void dequantize_to(const gpu::DequantizeArgs& a, DequantizeShared<Format>& shared) {
+  const int64_t groups = a.packed ? (a.row_end - a.row_begin) / kTileRows : 0;
+  const int64_t panels = (a.k + gpu::kPanelColumns - 1) / gpu::kPanelColumns;
+  // The last rows first: the first ones are then still in the cache when a matrix product begins to
+  // read the panel.
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  if (block < groups * panels) {
+    dequantize_packed<Format, T>(a, block / panels, block % panels * gpu::kPanelColumns, shared);
+  } else {
+    dequantize_canonical<Format, T>(a, a.row_begin + groups * kTileRows, block - groups * panels,
+                                    shared);
   }
 }
 
 template <class Format>
 TORCH_Q4_DEVICE void dequantize(const gpu::DequantizeArgs& a) {
-  const int64_t rows = a.row_end - a.row_begin;
-  const int64_t groups = a.packed ? rows / kTileRows : 0;
-  const int64_t panels = (a.k + gpu::kPanelColumns - 1) / gpu::kPanelColumns;
-  const int64_t block = blockIdx.x;
-  if (block < groups * panels) {
-    const int64_t first = block % panels * gpu::kPanelColumns;
-    return dequantize_panel<Format>(a, block / panels, first);
+  __shared__ DequantizeShared<Format> shared;
+  if (a.dtype == gpu::kFloat32) {
+    dequantize_to<Format, Float32>(a, shared);
+  } else if (a.dtype == gpu::kFloat16) {
+    dequantize_to<Format, Float16>(a, shared);
+  } else {
+    dequantize_to<Format, BFloat16>(a, shared);
   }
-  const int parts = static_cast<int>(a.k / kPartElems<Format>);
-  const int64_t thread = (block - groups * panels) * gpu::kBlockThreads + threadIdx.x;
-  const int64_t row = groups * kTileRows + thread / parts;
-  if (row >= rows) return;
-  dequantize_row_part<Format>(a.blocks, a.n, a.k, a.packed, a.row_begin + row,
-                              static_cast<int>(thread % parts), a.out, row, a.dtype);
 }
 
 template <class Format>

@@ -28,7 +28,10 @@ using Format = TORCH_Q4_FORMAT;
     matmul<Format, T, columns>(a);                                                                 \
   }
 
-TORCH_Q4_KERNEL(dequantize, DequantizeArgs, torch_q4::dequantize<Format>)
+extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, 8)
+    dequantize(gpu::DequantizeArgs a) {
+  torch_q4::dequantize<Format>(a);
+}
 TORCH_Q4_KERNEL(embedding, EmbeddingArgs, torch_q4::embedding<Format>)
 TORCH_Q4_KERNEL(pack, RepackArgs, repack<Format, true>)
 TORCH_Q4_KERNEL(unpack, RepackArgs, repack<Format, false>)

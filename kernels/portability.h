@@ -174,6 +174,20 @@ TORCH_Q4_DEVICE int64_t recomputed(int64_t value) {
   return value;
 }
 
+// Of two kernels of which the second was launched to overlap with the first (Block::overlaps in
+// csrc/gpu/runtime.h): once all blocks of the first have said so the second one's may begin, which
+// then wait for the first to end before they read what it wrote.
+TORCH_Q4_DEVICE void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+TORCH_Q4_DEVICE void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The element types of activations, as tags: their values are handled as bits, two in a word.
 struct Float32 {};
 struct Float16 {};
@@ -221,6 +235,17 @@ TORCH_Q4_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high) {
   return __builtin_amdgcn_perm(high, low, kA | kB << 8 | kC << 16 | kD << 24);
 #elif defined(__CUDA_ARCH__)
   return __byte_perm(low, high, kA | kB << 4 | kC << 8 | kD << 12);
+#else
+  return 0;
+#endif
+}
+
+// The low word of high:low >> bits, for bits below 32.
+TORCH_Q4_DEVICE uint32_t shift_words(uint32_t low, uint32_t high, uint32_t bits) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  return __builtin_amdgcn_alignbit(high, low, bits);
+#elif defined(__CUDA_ARCH__)
+  return __funnelshift_r(low, high, bits);
 #else
   return 0;
 #endif

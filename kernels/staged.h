@@ -367,6 +367,7 @@ TORCH_Q4_DEVICE void staged(const gpu::StagedArgs& a) {
   extern __shared__ Words4 staged_memory[];
   const StagedProduct<Format, T, kColumns> product(a, reinterpret_cast<uint8_t*>(staged_memory));
   product.init_barriers();
+  let_next_begin();  // sum_splits, where K is shared out
   const int wave = wave_of_block();
   constexpr int kMost = gpu::kStagedMostGroups, kShare = gpu::staged_share(kColumns);
   if (wave >= kMost * kShare) {

@@ -490,6 +490,7 @@ def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
 @pytest.mark.parametrize(
     ("number", "int8", "packed", "n", "by_rows"),
     [
+        (F16, 0, 1, 4096, {1: MATMUL_16, 8: MATMUL_16, 9: STAGED, 256: STAGED, 257: BLAS}),
         (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 256: STAGED, 257: BLAS}),
         (BF16, 1, 1, 8193, {1: STAGED, 16: STAGED, 256: STAGED, 257: BLAS}),
         (F16, 0, 0, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),

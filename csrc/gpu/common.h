@@ -53,12 +53,23 @@ class Call {
     launch(op, CodeObject(format.index), kernel, device, stream_, grid, args, block);
   }
   template <class Args>
-  void run_common(Kernel kernel, Grid grid, const Args& args) const {
-    launch(op, kCommonObject, kernel, device, stream_, grid, args);
+  void run_common(Kernel kernel, Grid grid, const Args& args, Block block = {}) const {
+    launch(op, kCommonObject, kernel, device, stream_, grid, args, block);
   }
 
   Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) const {
     return empty_on(aoti_torch_device_type_cuda(), device, shape, dtype);
+  }
+  // (columns, rows), the transpose of a contiguous tensor.
+  Tensor empty_transposed(int64_t rows, int64_t columns, ScalarType dtype) const {
+    const int64_t sizes[] = {columns, rows}, strides[] = {1, columns};
+    const int32_t code = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                         : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
+                                                     : aoti_torch_dtype_bfloat16();
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        2, sizes, strides, code, aoti_torch_device_type_cuda(), device, &handle));
+    return Tensor(handle);
   }
   const DeviceInfo& info() const { return device_info(op, device); }
 

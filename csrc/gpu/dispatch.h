@@ -88,6 +88,8 @@ constexpr LinearRule kNvidiaRules[] = {
 // Measured on an H100, too.
 constexpr LinearRule kHopperRules[] = {
     // Of a small weight each block has little: what starts quickest wins.
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 8,
+     LinearKernel::kMatmul16, /*most_n=*/4096, /*most_k=*/4096},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 4,
      LinearKernel::kMatmul16, /*most_n=*/8192, /*most_k=*/8192},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,

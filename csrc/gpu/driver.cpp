@@ -19,6 +19,21 @@ constexpr int kCudaSharedBytes = 97;        // CU_DEVICE_ATTRIBUTE_MAX_SHARED_ME
 constexpr int kCudaDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr Result kCudaInvalidContext = 201;
 
+// CUlaunchAttribute and CUlaunchConfig. A value takes 64 bytes; this attribute's is an int.
+constexpr int kCudaProgrammaticSerialization = 6;
+struct CudaLaunchAttribute {
+  int id;
+  int padding;
+  int value[16];
+};
+struct CudaLaunchConfig {
+  unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+  Stream stream;
+  CudaLaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+static_assert(sizeof(CudaLaunchAttribute) == 72 && sizeof(CudaLaunchConfig) == 56);
+
 // hipDeviceProp_t as hipGetDevicePropertiesR0600 fills it: the structure of ROCm 6.0, to which only
 // reserved space has been put to use since. That symbol is asked for by its own name because the
 // plain hipGetDeviceProperties is still ROCm 5's, with another layout.
@@ -88,6 +103,11 @@ Driver::Driver(const char* op) {
     resolve(op, "cuDevicePrimaryCtxRetain", cu_primary_retain_);
     resolve(op, "cuFuncSetAttribute", cu_function_set_);
     cu_function_load_ = reinterpret_cast<Result (*)(Function)>(dlsym(library_, "cuFuncLoad"));
+    // Older drivers have it, too, but cannot capture such a launch.
+    if (cu_function_load_) {
+      cu_launch_ex_ =
+          reinterpret_cast<decltype(cu_launch_ex_)>(dlsym(library_, "cuLaunchKernelEx"));
+    }
   }
 }
 
@@ -110,6 +130,18 @@ Result Driver::get_function(Function* function, Module module, const char* name)
 
 Result Driver::allow_shared_bytes(Function function, int bytes) const {
   return hip_ ? 0 : cu_function_set_(function, kCudaDynamicSharedBytes, bytes);
+}
+
+Result Driver::launch_overlapping(Function function, unsigned grid_x, unsigned grid_y,
+                                  unsigned threads, unsigned shared_bytes, Stream stream,
+                                  void** params) const {
+  if (!cu_launch_ex_) {
+    return launch(function, grid_x, grid_y, threads, shared_bytes, stream, params);
+  }
+  CudaLaunchAttribute attribute = {kCudaProgrammaticSerialization, 0, {1}};
+  const CudaLaunchConfig config = {grid_x, grid_y,       1,      threads,    1,
+                                   1,      shared_bytes, stream, &attribute, 1};
+  return cu_launch_ex_(&config, function, params, nullptr);
 }
 
 Result Driver::cuda_device(int device, int* handle) const { return cu_device_get_(handle, device); }

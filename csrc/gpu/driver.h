@@ -36,6 +36,10 @@ class Driver {
     return launch_(function, grid_x, grid_y, 1, threads, 1, 1, shared_bytes, stream, params,
                    nullptr);
   }
+  // The same for a kernel that waits for the one before it by itself. Where the driver knows no
+  // such thing it does not begin before that one's end, as ever.
+  Result launch_overlapping(Function function, unsigned grid_x, unsigned grid_y, unsigned threads,
+                            unsigned shared_bytes, Stream stream, void** params) const;
   Result get_multiprocessors(int device, int* count) const;
   // The most that allow_shared_bytes may name; 0 for HIP.
   Result get_shared_bytes(int device, int* bytes) const;
@@ -97,6 +101,7 @@ class Driver {
   Result (*cu_primary_retain_)(void** context, int handle) = nullptr;
   Result (*cu_function_set_)(Function, int attribute, int value) = nullptr;
   Result (*cu_function_load_)(Function) = nullptr;  // null before CUDA 12.4
+  Result (*cu_launch_ex_)(const void* config, Function, void** params, void** extra) = nullptr;
 };
 
 }  // namespace torch_q4::gpu

@@ -97,7 +97,9 @@ void staged(const Call& call, LinearArgs args) {
     SumArgs sum = sum_args(*partial, part.out, part.dtype);
     sum.bias = part.bias;
     sum.n = part.n;
-    call.run_common(kSumSplits, sum_grid(sum), sum);
+    Block block;
+    block.overlaps = true;
+    call.run_common(kSumSplits, sum_grid(sum), sum, block);
   });
   rows_that_are_not_packed(call, args);
 }
@@ -122,6 +124,35 @@ void matvec_of_int8(const Call& call, LinearArgs args) {
   matvec(call, args, /*int8=*/true);
 }
 
+// The C entry points of torch's matrix products, which write to `out`. The dispatcher is told an
+// operator's name and looks it up, then every call inside it goes through the dispatcher again:
+// several microseconds that these do without. Null where torch does not export them.
+struct DenseProducts {
+  AOTITorchError (*mm)(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b);
+  AOTITorchError (*addmm)(AtenTensorHandle out, AtenTensorHandle bias, AtenTensorHandle a,
+                          AtenTensorHandle b, double beta, double alpha);
+};
+
+const DenseProducts& dense_products() {
+  static const DenseProducts found = {
+      reinterpret_cast<decltype(DenseProducts::mm)>(dlsym(RTLD_DEFAULT, "aoti_torch_cuda_mm_out")),
+      reinterpret_cast<decltype(DenseProducts::addmm)>(
+          dlsym(RTLD_DEFAULT, "aoti_torch_cuda_addmm_out")),
+  };
+  return found;
+}
+
+// A contiguous tensor's elements as a matrix.
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  if (tensor.dim() == 2) return tensor;
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle matrix = nullptr;
+  // The offset counts from the tensor's own.
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, /*offset=*/0, &matrix));
+  return Tensor(matrix);
+}
+
 // torch's own x @ w.T + bias.
 Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
@@ -131,16 +162,35 @@ Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// x @ w.T + bias for a weight that is one panel.
+Tensor linear_by_panel(const Call& call, const Tensor& x, const Tensor& blocks,
+                       const std::optional<Tensor>& bias, bool packed,
+                       const std::vector<int64_t>& shape) {
+  const ScalarType dtype = x.scalar_type();
+  const int64_t m = leading(shape), n = blocks.size(0), k = columns_of(blocks, call.format);
+  const DenseProducts& products = dense_products();
+  if (!products.mm || !products.addmm) {
+    const Tensor panel = call.empty({n, k}, dtype);
+    dequantize_panel(call, blocks, packed, 0, n, dtype, panel);
+    return dense_linear(x, panel, bias);
+  }
+  const Tensor panel = call.empty_transposed(n, k, dtype);
+  dequantize_panel(call, blocks, packed, 0, n, dtype, panel);
+  Tensor out = call.empty(shape, dtype);
+  const Tensor from = as_matrix(x, m, k), to = as_matrix(out, m, n);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      bias ? products.addmm(to.get(), bias->get(), from.get(), panel.get(), 1, 1)
+           : products.mm(to.get(), from.get(), panel.get()));
+  return out;
+}
+
 Tensor linear_by_blas(const Call& call, const Tensor& x, const Tensor& blocks,
                       const std::optional<Tensor>& bias, bool packed, std::vector<int64_t> shape) {
   const ScalarType dtype = x.scalar_type();
   const int64_t n = blocks.size(0), k = columns_of(blocks, call.format);
   const int64_t rows = panel_rows(n, k, dtype_of(dtype));
+  if (rows == n) return linear_by_panel(call, x, blocks, bias, packed, shape);
   Tensor panel = call.empty({rows, k}, dtype);
-  if (rows == n) {
-    dequantize_panel(call, blocks, packed, 0, n, dtype, panel);
-    return dense_linear(x, panel, bias);
-  }
   Tensor out = call.empty(shape, dtype);
   const int64_t m = leading(shape);
   const Tensor x_rows = view(x, {m, k});
@@ -244,9 +294,13 @@ Tensor linear_with(const Tensor& x, const Tensor& blocks, int64_t format_id,
   return run_linear(op, x, blocks, format, bias, int8, packed, &given);
 }
 
-// out = a @ b. This form of torch's product, unlike the others, does not heed autocast, which would
+// out = a @ b. These forms of torch's product, unlike the others, do not heed autocast, which would
 // round a float32 gradient to 16 bits.
 void dense_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
+  if (const auto mm = dense_products().mm) {
+    STABLE_TORCH_ERROR_CODE_CHECK(mm(out.get(), a.get(), b.get()));
+    return;
+  }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(

@@ -281,8 +281,10 @@ void launch_raw(const char* op, CodeObject object, Kernel kernel, int device, vo
   const Driver& driver = gpu::driver(op);
   void* params[] = {const_cast<void*>(args)};
   const auto run = [&] {
-    return driver.launch(function, grid.x, grid.y, block.threads, block.shared_bytes, stream,
-                         params);
+    return block.overlaps ? driver.launch_overlapping(function, grid.x, grid.y, block.threads,
+                                                      block.shared_bytes, stream, params)
+                          : driver.launch(function, grid.x, grid.y, block.threads,
+                                          block.shared_bytes, stream, params);
   };
   Result result = run();
   if (driver.lacks_context(result) && (result = driver.bind_context(device)) == 0) result = run();

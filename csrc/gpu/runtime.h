@@ -91,6 +91,9 @@ void* find_kernel(const char* op, CodeObject object, Kernel kernel, int device);
 struct Block {
   unsigned threads = kBlockThreads;
   unsigned shared_bytes = 0;  // dynamic ones
+  // May begin while the kernel before it in the stream still runs, and waits for that one's end by
+  // itself: wait_for_previous in kernels/portability.h. For Hopper and later.
+  bool overlaps = false;
 };
 
 void launch_raw(const char* op, CodeObject object, Kernel kernel, int device, void* stream,

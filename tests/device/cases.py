@@ -100,6 +100,7 @@ def _dequantize(
     for blocks_of_row, parts in (
         (1, [(0, 37, False), (0, 37, True), (36, 37, False)]),
         (5, [(3, 20, False), (16, 37, True), (16, 32, True), (32, 37, True), (7, 7, False)]),
+        (19, [(0, 37, True), (1, 37, False)]),
     ):
         weight = make_weight(fmt, 37, blocks_of_row * fmt.block_elems * size, rng, tame=False)
         for begin, end, packed in parts:

@@ -92,6 +92,24 @@ def test_each_kernel(fmt, dtype, kernel) -> None:
 
 
 @gpu_only
+def test_blas_is_torchs_own_product(fmt, dtype) -> None:
+    """F.linear's bits, of matrices and of more dimensions, with a bias and without."""
+    canonical, packed, w = weight(fmt, 130, 512)
+    dense = w.to(dtype)
+    for x in (
+        randn(300, 512, dtype=dtype),
+        randn(3, 100, 512, dtype=dtype),
+        randn(4, 5, 20, 512, dtype=dtype)[1:],
+    ):
+        for bias in (None, randn(130, dtype=dtype)):
+            wanted = F.linear(x, dense, bias)
+            for blocks in (canonical, packed):
+                is_packed = blocks is packed
+                y = ops._linear_with(x, blocks, fmt.type_id, bias, "exact", is_packed, "blas")
+                assert torch.equal(y, wanted)
+
+
+@gpu_only
 def test_all_kernels_are_tested() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for packed in (True, False):
