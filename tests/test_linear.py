@@ -59,6 +59,18 @@ def test_exact(fmt, dtype, with_bias) -> None:
             assert_exact(y, x, blocks, fmt, bias)
 
 
+def test_more_rows_than_are_prepared_at_a_time() -> None:
+    blocks, bias = random_blocks(formats.get("q5_k"), 40, 256), torch.randn(40)
+    x = torch.randn(2100, 256)
+    x[2080] = float("nan")
+    y = torch_q4.linear(x, blocks, "q5_k", bias)
+    assert not y[2080].isfinite().any()
+    finite = x.isfinite().all(dim=1)
+    assert_exact(y[finite], x[finite], blocks, formats.get("q5_k"), bias)
+    x[2080] = 0
+    assert_exact(torch_q4.linear(x, blocks, "q5_k", bias), x, blocks, formats.get("q5_k"), bias)
+
+
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 def test_int8(fmt, dtype, with_bias) -> None:
     for n, k in shapes(fmt):
@@ -75,6 +87,16 @@ def test_int8(fmt, dtype, with_bias) -> None:
             allowed = 1e-2 * product.norm() + EPS[dtype] * wanted.norm()
             if m * n >= 16:  # a sum over too few outputs has no stable ratio
                 assert (y.double() - wanted).norm() <= allowed
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_more_of_k_than_stays_in_the_cache(fmt, compute) -> None:
+    blocks, x, bias = random_blocks(fmt, 20, 8192), torch.randn(190, 8192), torch.randn(20)
+    y = torch_q4.linear(x, blocks, fmt, bias, compute=compute)
+    if compute == "exact":
+        return assert_exact(y, x, blocks, fmt, bias)
+    wanted = x.double() @ dense64(blocks, fmt).T + bias.double()
+    assert (y.double() - wanted).norm() <= 1e-2 * wanted.norm()
 
 
 def test_int8_is_exact_for_integers(fmt) -> None:

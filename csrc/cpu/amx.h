@@ -59,6 +59,10 @@ inline void configure_tiles(int columns) {
 inline void release_tiles() { asm volatile("tilerelease"); }
 
 template <int kTile>
+inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kTile>
 inline void load_tile(const void* from, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(kTile) : "memory");
 }
@@ -152,7 +156,7 @@ inline void split_weights(const float (*weights)[16], uint8_t* out) {
 
 // ---- the products ----
 
-template <int kPartA, int kPartB, int kColumnTiles, int kRowTiles>
+template <int kPartA, int kColumnTiles, int kRowTiles>
 inline void multiply_parts(const uint8_t* a, int64_t a_stride) {
   load_tile<kTileA>(a + kPartA * kTileBytes16, 64);
   multiply_tiles<0, kTileA, kTileB>();
@@ -170,33 +174,37 @@ inline void load_weights(const uint8_t* b, int64_t b_stride) {
   if constexpr (kRowTiles > 1) load_tile<kTileB + 1>(b + b_stride + kPartB * kTileBytes16, 64);
 }
 
-// Adds the products of a few steps to 16 or 32 columns by 16 or 32 rows of `sums`.
+// Adds the products of a few steps to 16 or 32 columns by 16 or 32 rows of `sums`. They are summed
+// from zero first: two levels, so that the rounding error grows with the number of runs of steps
+// and not with K.
 template <int kColumnTiles, int kRowTiles>
 void tile_products(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride,
-                   int steps, float* sums, int64_t sums_stride) {
-  const int64_t row_bytes = sums_stride * 4;
-  load_tile<0>(sums, row_bytes);
-  if constexpr (kRowTiles > 1) load_tile<1>(sums + 16, row_bytes);
-  if constexpr (kColumnTiles > 1) load_tile<2>(sums + 16 * sums_stride, row_bytes);
-  if constexpr (kColumnTiles > 1 && kRowTiles > 1) {
-    load_tile<3>(sums + 16 * sums_stride + 16, row_bytes);
-  }
+                   int steps, int columns, float* sums, int64_t stride) {
+  constexpr int64_t kRowBytes = 128;
+  alignas(64) float products[kColumnTiles * 16][32];
+  zero_tile<0>();
+  if constexpr (kRowTiles > 1) zero_tile<1>();
+  if constexpr (kColumnTiles > 1) zero_tile<2>();
+  if constexpr (kColumnTiles > 1 && kRowTiles > 1) zero_tile<3>();
   for (int step = 0; step < steps; ++step, a += kStepBytes, b += kStepBytes) {
     load_weights<2, kRowTiles>(b, b_stride);
-    multiply_parts<0, 2, kColumnTiles, kRowTiles>(a, a_stride);
+    multiply_parts<0, kColumnTiles, kRowTiles>(a, a_stride);
     load_weights<1, kRowTiles>(b, b_stride);
-    multiply_parts<1, 1, kColumnTiles, kRowTiles>(a, a_stride);
-    multiply_parts<0, 1, kColumnTiles, kRowTiles>(a, a_stride);
+    multiply_parts<1, kColumnTiles, kRowTiles>(a, a_stride);
+    multiply_parts<0, kColumnTiles, kRowTiles>(a, a_stride);
     load_weights<0, kRowTiles>(b, b_stride);
-    multiply_parts<2, 0, kColumnTiles, kRowTiles>(a, a_stride);
-    multiply_parts<1, 0, kColumnTiles, kRowTiles>(a, a_stride);
-    multiply_parts<0, 0, kColumnTiles, kRowTiles>(a, a_stride);
+    multiply_parts<2, kColumnTiles, kRowTiles>(a, a_stride);
+    multiply_parts<1, kColumnTiles, kRowTiles>(a, a_stride);
+    multiply_parts<0, kColumnTiles, kRowTiles>(a, a_stride);
   }
-  store_tile<0>(sums, row_bytes);
-  if constexpr (kRowTiles > 1) store_tile<1>(sums + 16, row_bytes);
-  if constexpr (kColumnTiles > 1) store_tile<2>(sums + 16 * sums_stride, row_bytes);
-  if constexpr (kColumnTiles > 1 && kRowTiles > 1) {
-    store_tile<3>(sums + 16 * sums_stride + 16, row_bytes);
+  store_tile<0>(products[0], kRowBytes);
+  if constexpr (kRowTiles > 1) store_tile<1>(products[0] + 16, kRowBytes);
+  if constexpr (kColumnTiles > 1) store_tile<2>(products[16], kRowBytes);
+  if constexpr (kColumnTiles > 1 && kRowTiles > 1) store_tile<3>(products[16] + 16, kRowBytes);
+  for (int column = 0; column < columns; ++column, sums += stride) {
+    for (int row = 0; row < kRowTiles * 16; row += 16) {
+      store(sums + row, add(load(sums + row), load(products[column] + row)));
+    }
   }
 }
 
@@ -251,7 +259,8 @@ void linear_tiles(const LinearArgs& args, float* scratch) {
             const auto products = wide ? (tall ? tile_products<2, 2> : tile_products<2, 1>)
                                        : (tall ? tile_products<1, 2> : tile_products<1, 1>);
             products(a, x_stride, parts + group * kRunSteps * kStepBytes, kRunSteps * kStepBytes,
-                     run, sums + column * 16 * stride + group * 16, stride);
+                     run, static_cast<int>(min(32, args.m - column * 16)),
+                     sums + column * 16 * stride + group * 16, stride);
           }
         }
       }

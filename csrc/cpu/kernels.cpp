@@ -54,25 +54,25 @@ bool has_amx() {
 
 struct Candidate {
   const Kernels* kernels;
-  bool runs_here;
+  bool (*runs_here)();
 };
 
 const Kernels& choose() {
   const Candidate candidates[] = {// best first
 #if defined(__x86_64__)
-                                  {&kAmxKernels, has_amx()},
-                                  {&kAvx512Kernels, has_avx512()},
-                                  {&kAvxVnniKernels, has_avx_vnni()},
-                                  {&kAvx2Kernels, has_avx2()},
+                                  {&kAmxKernels, has_amx},
+                                  {&kAvx512Kernels, has_avx512},
+                                  {&kAvxVnniKernels, has_avx_vnni},
+                                  {&kAvx2Kernels, has_avx2},
 #endif
-                                  {&kGenericKernels, true}};
+                                  {&kGenericKernels, [] { return true; }}};
   const char* wanted = std::getenv("TORCH_Q4_CPU_ISA");
   const std::string name = wanted ? wanted : "";
   std::string known;
   for (const Candidate& candidate : candidates) {
-    if (name.empty() && candidate.runs_here) return *candidate.kernels;
+    if (name.empty() && candidate.runs_here()) return *candidate.kernels;
     if (name == candidate.kernels->isa) {
-      if (candidate.runs_here) return *candidate.kernels;
+      if (candidate.runs_here()) return *candidate.kernels;
       throw std::runtime_error("TORCH_Q4_CPU_ISA: this CPU must have the instruction set, got " +
                                name);
     }

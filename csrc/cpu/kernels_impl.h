@@ -306,8 +306,9 @@ inline ColumnBlock column_block(int64_t m, int64_t m_total, int widest) {
 
 inline int64_t tiles_of(int64_t k) { return (k + kTileElems - 1) / kTileElems; }
 
-// Columns of x that stay in L2 while all weight rows pass by.
-constexpr int64_t kResidentColumns = 192;
+// As many columns of x, and as much of K, are worked on together as stay in L2 while all weight
+// rows pass by.
+constexpr int64_t kResidentColumns = 192, kResidentBytes = 3 << 19;
 
 // Runs over 16 weight rows at a time. begin_tile(packed tile, elements) prepares a tile, and
 // columns(x of the block's tile, its width, elements, sums) adds the tile's products to `sums`,
@@ -319,32 +320,45 @@ inline void for_each_tile(const LinearArgs& args, int words, int widest, float* 
   const int64_t k_total = args.weight.k, tiles = tiles_of(k_total);
   const int full_width = block_width(args.m, widest);
   const int64_t resident = kResidentColumns / full_width * full_width;
+  const int64_t tile_bytes = min(args.m, resident) * words * 4;
+  const int64_t parts = tiles * tile_bytes / kResidentBytes + 1;
+  const int64_t resident_tiles = tiles / parts + 1;
   alignas(64) uint8_t buffer[kTileBytes<Format>] = {};
   for (int64_t first = 0; first < args.m; first += resident) {
     const int64_t last = min(args.m, first + resident);
-    for (int64_t row = args.row_begin; row < args.row_end; row += kTileRows) {
-      const int rows = static_cast<int>(min(kTileRows, args.row_end - row));
-      if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
-      for (int64_t m = 0; m < last - first; ++m) {
-        for (int r = 0; r < kTileRows; ++r) {
-          sums[m * kTileRows + r] = args.bias && r < rows ? args.bias[row + r] : 0.0f;
+    int64_t begin = args.tile_begin, end;
+    do {  // once, for the bias, where there is nothing of K
+      end = min(args.tile_end, begin + resident_tiles);
+      for (int64_t row = args.row_begin; row < args.row_end; row += kTileRows) {
+        const int rows = static_cast<int>(min(kTileRows, args.row_end - row));
+        if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
+        for (int64_t m = first; m < last; ++m) {
+          float* sum = sums + (m - first) * kTileRows;
+          const float* out = args.out + m * args.weight.n + row;
+          for (int r = 0; r < kTileRows; ++r) sum[r] = 0.0f;
+          if (begin > args.tile_begin) {
+            std::memcpy(sum, out, rows * sizeof(float));
+          } else if (args.bias) {
+            std::memcpy(sum, args.bias + row, rows * sizeof(float));
+          }
+        }
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t k = t * kTileElems;
+          const int elems = static_cast<int>(min(kTileElems, k_total - k));
+          begin_tile(packed_tile<Format>(args.weight, row, k, buffer), elems);
+          for (int64_t m = first; m < last; m += full_width) {
+            const int width = static_cast<int>(min(full_width, last - m));
+            columns(x + (m * tiles + t * width) * words, width, elems,
+                    sums + (m - first) * kTileRows);
+          }
+        }
+        for (int64_t m = first; m < last; ++m) {
+          std::memcpy(args.out + m * args.weight.n + row, sums + (m - first) * kTileRows,
+                      rows * sizeof(float));
         }
       }
-      for (int64_t t = args.tile_begin; t < args.tile_end; ++t) {
-        const int64_t k = t * kTileElems;
-        const int elems = static_cast<int>(min(kTileElems, k_total - k));
-        begin_tile(packed_tile<Format>(args.weight, row, k, buffer), elems);
-        for (int64_t m = first; m < last; m += full_width) {
-          const int width = static_cast<int>(min(full_width, last - m));
-          columns(x + (m * tiles + t * width) * words, width, elems,
-                  sums + (m - first) * kTileRows);
-        }
-      }
-      for (int64_t m = first; m < last; ++m) {
-        std::memcpy(args.out + m * args.weight.n + row, sums + (m - first) * kTileRows,
-                    rows * sizeof(float));
-      }
-    }
+      begin = end;
+    } while (begin < args.tile_end);
   }
 }
 

@@ -111,21 +111,26 @@ void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float*
   }
 }
 
-// By the CPU's matrix instructions; false if x is not finite, and nothing is done.
-bool linear_by_tiles(LinearArgs args, const float* x, int format) {
+// By the CPU's matrix instructions; false if x is not finite.
+bool linear_by_tiles(const LinearArgs& args, const float* x, int format) {
+  constexpr int64_t kMostRows = 1024;  // at a time: what is made of x takes 6 bytes an element
   const Tiles& tiles = kernels().tiles;
   const int64_t k = args.weight.k;
-  Tensor prepared = empty({tiles.x_floats(args.m, k)}, ScalarType::Float);
-  void* to = prepared.mutable_data_ptr();
-  std::atomic<bool> finite(true);
-  parallel_for(0, args.m, grain(k), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (!tiles.prepare(x + row * k, k, row, args.m, to)) finite = false;
-    }
-  });
-  if (!finite) return false;
-  args.x = to;
-  multiply(args, tiles.linear[format], tiles.scratch_floats(args.m));
+  Floats prepared(tiles.x_floats(std::min(args.m, kMostRows), k));
+  for (int64_t first = 0; first < args.m; first += kMostRows) {
+    LinearArgs rows = args;
+    rows.m = std::min(kMostRows, args.m - first);
+    rows.x = prepared.data();
+    rows.out = args.out + first * args.weight.n;
+    std::atomic<bool> finite(true);
+    parallel_for(0, rows.m, grain(k), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) {
+        if (!tiles.prepare(x + (first + m) * k, k, m, rows.m, prepared.data())) finite = false;
+      }
+    });
+    if (!finite) return false;
+    multiply(rows, tiles.linear[format], tiles.scratch_floats(rows.m));
+  }
   return true;
 }
 
