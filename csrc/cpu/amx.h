@@ -25,10 +25,10 @@ namespace {
 // From so many columns of x on, taking W apart is worth its cost.
 constexpr int64_t kLeastTileColumns = 16;
 
-constexpr int kStep = 32;           // elements of K to an instruction
-constexpr int kTileBytes16 = 1024;  // of a tile of 16 by 64 bytes
+constexpr int kStep = 32;            // elements of K to an instruction
+constexpr int kAmxTileBytes = 1024;  // of a tile of 16 by 64 bytes
 constexpr int kParts = 3;
-constexpr int kStepBytes = kParts * kTileBytes16;  // 16 rows of one step
+constexpr int kStepBytes = kParts * kAmxTileBytes;  // 16 rows of one step
 // Groups of 16 rows of W that pass over x together, fewer of them for few columns, and steps for
 // which the parts of both stay in the caches.
 constexpr int64_t kPanelGroups = 16, kFewPanelGroups = 2, kFewColumns = 32;
@@ -127,7 +127,7 @@ bool prepare_tiles(const float* x, int64_t k, int64_t m, int64_t m_total, void* 
       const __m512 first_part = round_to_upper(first), second_part = round_to_upper(second);
       const __m512i both = _mm512_permutex2var_epi16(_mm512_castps_si512(first_part), upper_halves,
                                                      _mm512_castps_si512(second_part));
-      _mm512_storeu_si512(to + part * kTileBytes16, both);
+      _mm512_storeu_si512(to + part * kAmxTileBytes, both);
       first = _mm512_sub_ps(first, first_part);
       second = _mm512_sub_ps(second, second_part);
     }
@@ -146,7 +146,7 @@ inline void split_weights(const float (*weights)[16], uint8_t* out) {
       const __m512i even_bits = _mm512_castps_si512(even), odd_bits = _mm512_castps_si512(odd);
       // The upper halves of both: a bit of 0xFFFF0000 chooses between them (0xCA: a ? b : c).
       _mm512_storeu_si512(
-          out + part * kTileBytes16,
+          out + part * kAmxTileBytes,
           _mm512_ternarylogic_epi32(upper, odd_bits, _mm512_srli_epi32(even_bits, 16), 0xCA));
       even = _mm512_sub_ps(even, _mm512_castsi512_ps(_mm512_and_si512(even_bits, upper)));
       odd = _mm512_sub_ps(odd, _mm512_castsi512_ps(_mm512_and_si512(odd_bits, upper)));
@@ -158,11 +158,11 @@ inline void split_weights(const float (*weights)[16], uint8_t* out) {
 
 template <int kPartA, int kColumnTiles, int kRowTiles>
 inline void multiply_parts(const uint8_t* a, int64_t a_stride) {
-  load_tile<kTileA>(a + kPartA * kTileBytes16, 64);
+  load_tile<kTileA>(a + kPartA * kAmxTileBytes, 64);
   multiply_tiles<0, kTileA, kTileB>();
   if constexpr (kRowTiles > 1) multiply_tiles<1, kTileA, kTileB + 1>();
   if constexpr (kColumnTiles > 1) {
-    load_tile<kTileA + 1>(a + a_stride + kPartA * kTileBytes16, 64);
+    load_tile<kTileA + 1>(a + a_stride + kPartA * kAmxTileBytes, 64);
     multiply_tiles<2, kTileA + 1, kTileB>();
     if constexpr (kRowTiles > 1) multiply_tiles<3, kTileA + 1, kTileB + 1>();
   }
@@ -170,8 +170,8 @@ inline void multiply_parts(const uint8_t* a, int64_t a_stride) {
 
 template <int kPartB, int kRowTiles>
 inline void load_weights(const uint8_t* b, int64_t b_stride) {
-  load_tile<kTileB>(b + kPartB * kTileBytes16, 64);
-  if constexpr (kRowTiles > 1) load_tile<kTileB + 1>(b + b_stride + kPartB * kTileBytes16, 64);
+  load_tile<kTileB>(b + kPartB * kAmxTileBytes, 64);
+  if constexpr (kRowTiles > 1) load_tile<kTileB + 1>(b + b_stride + kPartB * kAmxTileBytes, 64);
 }
 
 // Adds the products of a few steps to 16 or 32 columns by 16 or 32 rows of `sums`. They are summed
