@@ -160,8 +160,9 @@ def test_non_finite_activations_stay_in_their_row(fmt, compute, rows) -> None:
     assert not y[2].isfinite().any()
     assert not y[4].isfinite().any()
     rest = [row for row in range(rows) if row not in (2, 4)]
-    # Not the same kernel in all cases: all but equal.
-    torch.testing.assert_close(y[rest], wanted[rest], rtol=1e-5, atol=1e-4)
+    # From 16 rows on another exact kernel may take over where x is not finite.
+    bounds = {"rtol": 1e-5, "atol": 1e-4} if compute == "exact" and rows >= 16 else {}
+    torch.testing.assert_close(y[rest], wanted[rest], **bounds)
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8"])
