@@ -11,6 +11,7 @@
 //     matmul_T_C               LinearArgs       rows_grid, C columns a block; T is f16 or bf16;
 //                                               packed rows only, a multiple of 16 of them
 //     staged_T_C               StagedArgs       staged_grid, C columns a block; likewise
+//     paired_T_C               PairedArgs       paired_grid, C columns a block; likewise
 //     transposed_T             TransposedArgs   transposed_grid
 //     pack, unpack             RepackArgs       repack_grid
 //     quantize                 QuantizeArgs     quantize_grid; q4_0 and q8_0 only
@@ -20,10 +21,12 @@
 //
 //     quantize_activations     ActivationArgs   activation_grid
 //     sum_splits               SumArgs          sum_grid
+//     arrange                  ArrangeArgs      arrange_grid
 //
-// Every kernel but staged_T_C is launched with kBlockThreads threads a block and no dynamic shared
-// memory; staged_T_C has staged_threads and staged_shared_bytes, and is for sm_90a only. All
-// tensors are contiguous; x, blocks and out start at multiples of 16 bytes.
+// staged_T_C, paired_T_C and arrange are for sm_90a only. Kernels are launched with kBlockThreads
+// threads a block and no dynamic shared memory, but staged_T_C with staged_threads and
+// staged_shared_bytes, paired_T_C with kPairedThreads and paired_shared_bytes. All tensors are
+// contiguous; x, blocks and out start at multiples of 16 bytes.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +60,16 @@ TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_threads(int columns) {
 }
 constexpr int kStagedMostStages = 6;
 
+constexpr int kPairedColumns[] = {128, 256};
+constexpr int kPairedRows = 128;  // of W, a block; the two of a pair have neighbouring ones
+constexpr int kPairedMostStages = 8;
+constexpr int kPairedThreads = 384;  // 256 that multiply and four waves of which one copies
+// Theirs, of those that all begin with.
+constexpr int kPairedConsumerRegisters = 232, kPairedProducerRegisters = 24;
+constexpr int kPairedBarrierBytes = 4 * 8 * kPairedMostStages;
+constexpr int kPairedStoreBytes = 1024;  // for each wave that multiplies
+constexpr int kArrangeRows = 16;         // of x, a block of arrange
+
 // The dtype of a floating-point tensor.
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
@@ -83,6 +96,24 @@ struct StagedArgs {
   int32_t groups;  // of 16 rows, a block; at most kStagedMostGroups
   int32_t stages;  // that have their place in shared memory at once, 2 to kStagedMostStages
   int32_t splits;  // blocks that share out K
+};
+
+// The same product by pairs of blocks: kernels/paired.h.
+struct PairedArgs {
+  LinearArgs linear;                // x is not read
+  const void* arranged;             // x as arrange leaves it for C columns
+  float* partial;                   // as StagedArgs's
+  int32_t x_stages, weight_stages;  // 2 to kPairedMostStages
+  int32_t splits;
+};
+
+// x (m, k) of 16-bit elements to out, arranged_bytes; in what order, kernels/paired.h says.
+struct ArrangeArgs {
+  const void* x;
+  void* out;
+  int64_t m, k;
+  int32_t columns;      // C of paired_T_C
+  int32_t block_elems;  // of the weight's format
 };
 
 // W[row_begin : row_end] to out (row_end - row_begin, k). If packed, row_begin is a multiple of 16
@@ -225,6 +256,44 @@ inline Grid staged_grid(const StagedArgs& a, int columns) {
   const int64_t groups = (a.linear.row_end - a.linear.row_begin) / kGroupRows;
   return {ceil_div(groups, a.groups) * static_cast<uint32_t>(a.splits),
           ceil_div(a.linear.m, columns)};
+}
+// A stage of x has 64 elements, one of the weights a unit: 256, or half of it where blocks are
+// smaller, which leaves room for more of x.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_unit(int block_elems) {
+  return block_elems == 256 ? kStagedUnit : kStagedUnit / 2;
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_x_bytes(int columns) {
+  return columns * 64 * 2;
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_weight_bytes(int block_elems, int block_bytes) {
+  return paired_unit(block_elems) / block_elems * staged_block_bytes(block_elems, block_bytes);
+}
+// Bytes of shared memory: barriers, x, the weights, room in which each wave stores its sums.
+constexpr int paired_shared_bytes(const PairedArgs& a, int columns, int block_elems,
+                                  int block_bytes) {
+  constexpr int kGroups = kPairedRows / kGroupRows;
+  return kPairedBarrierBytes + a.x_stages * paired_x_bytes(columns) +
+         kGroups *
+             (a.weight_stages * paired_weight_bytes(block_elems, block_bytes) + kPairedStoreBytes);
+}
+// Pairs of tiles: of rows of W, and in all.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t paired_row_pairs(const LinearArgs& a) {
+  return (a.row_end - a.row_begin + 2 * kPairedRows - 1) / (2 * kPairedRows);
+}
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t paired_count(const PairedArgs& a, int columns) {
+  return paired_row_pairs(a.linear) * ((a.linear.m + columns - 1) / columns) * a.splits;
+}
+inline Grid paired_grid(const PairedArgs& a, int columns, int multiprocessors) {
+  const int64_t count = paired_count(a, columns);
+  const int64_t most = multiprocessors < 2 ? 1 : multiprocessors / 2;
+  return {static_cast<uint32_t>(2 * (count < most ? count : most)), 1};
+}
+constexpr int64_t arranged_bytes(int64_t m, int64_t k, int columns) {
+  return (m + columns - 1) / columns * columns * ((k + kStagedUnit - 1) / kStagedUnit) *
+         kStagedUnit * 2;
+}
+inline Grid arrange_grid(const ArrangeArgs& a) {
+  return {ceil_div(a.k, kStagedUnit), ceil_div(a.m, kArrangeRows)};
 }
 inline Grid sum_grid(const SumArgs& a) { return {ceil_div(a.count, kBlockThreads), 1}; }
 // A thread moves the chunks of one row's block.

@@ -1,5 +1,8 @@
 // The kernels into which no format enters.
 #include "quantize.h"
+#if defined(TORCH_Q4_GROUP_TILE)
+#include "paired.h"
+#endif
 
 using namespace torch_q4;
 
@@ -22,3 +25,9 @@ extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu:
   }
   store_value(a.out, to, sum, a.dtype);
 }
+
+#if defined(TORCH_Q4_GROUP_TILE)
+extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) arrange(gpu::ArrangeArgs a) {
+  torch_q4::arrange(a);
+}
+#endif

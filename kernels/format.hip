@@ -8,6 +8,7 @@
 #include "repack.h"
 #include "transposed.h"
 #if defined(TORCH_Q4_GROUP_TILE)
+#include "paired.h"
 #include "staged.h"
 #endif
 
@@ -71,6 +72,16 @@ TORCH_Q4_MATMUL(matmul_bf16_64, BFloat16, 64, 2)
   TORCH_Q4_STAGED(name, T, 128)
 TORCH_Q4_STAGED_OF(f16, Float16)
 TORCH_Q4_STAGED_OF(bf16, BFloat16)
+
+#define TORCH_Q4_PAIRED(name, T, columns)                                                        \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(gpu::kPairedThreads, 1) \
+      paired_##name##_##columns(gpu::PairedArgs a) {                                             \
+    paired<Format, T, columns>(a);                                                               \
+  }
+TORCH_Q4_PAIRED(f16, Float16, 128)
+TORCH_Q4_PAIRED(f16, Float16, 256)
+TORCH_Q4_PAIRED(bf16, BFloat16, 128)
+TORCH_Q4_PAIRED(bf16, BFloat16, 256)
 #endif
 
 // Which formats have a quantiser in quantize.h.

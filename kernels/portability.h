@@ -812,6 +812,41 @@ TORCH_Q4_DEVICE void copy_async(uint32_t shared, const void* from, int bytes, ui
       : "memory");
 }
 
+// ---- pairs of blocks, launched as clusters of two: each can reach the other's shared memory
+
+TORCH_Q4_DEVICE uint32_t rank_in_pair() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of both blocks wait for one another.
+TORCH_Q4_DEVICE void sync_pair() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// Arrives at the barrier that lies at the same place in a block of the pair.
+TORCH_Q4_DEVICE void arrive_at(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+// copy_async to the same place in both blocks, each of whose barriers counts the bytes.
+TORCH_Q4_DEVICE void copy_async_to_pair(uint32_t shared, const void* from, int bytes,
+                                        uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+      "l"(from), "r"(bytes), "r"(barrier), "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+
 // Makes what this thread wrote to shared memory visible to matrix instructions of any thread that
 // a barrier holds back until then.
 TORCH_Q4_DEVICE void publish_shared() {
@@ -822,6 +857,17 @@ TORCH_Q4_DEVICE void publish_shared() {
 template <int kThreads>
 TORCH_Q4_DEVICE void sync_first_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// How many registers a thread has from here on. Called by four waves, the first of them a multiple
+// of four; some give up those of the block's that others take.
+template <int kRegisters>
+TORCH_Q4_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+TORCH_Q4_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // wgmma.mma_async.m64nNk16: four waves multiply 64 rows of W, 16 each, with kColumns of x. PTX ISA,
@@ -835,6 +881,19 @@ struct GroupTile {
   TORCH_Q4_DEVICE static void commit() { asm volatile("wgmma.commit_group.sync.aligned;"); }
   TORCH_Q4_DEVICE static void wait(float (&c)[kColumns / 2]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;");
+    touch(c);
+  }
+  // For all but those of the last commit.
+  TORCH_Q4_DEVICE static void wait_for_others() {
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+  }
+  // Sums of which some are still under way must not be what the compiler knows to be zero.
+  TORCH_Q4_DEVICE static void clear(float (&c)[kColumns / 2]) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) c[i] = 0;
+    touch(c);
+  }
+  TORCH_Q4_DEVICE static void touch(float (&c)[kColumns / 2]) {
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) asm volatile("" : "+f"(c[i]));
   }
@@ -856,6 +915,7 @@ struct GroupTile {
 #define TORCH_Q4_SUMS_32(i) TORCH_Q4_SUMS_16(i), TORCH_Q4_SUMS_16(i + 8)
 #define TORCH_Q4_SUMS_64(i) TORCH_Q4_SUMS_32(i), TORCH_Q4_SUMS_32(i + 16)
 #define TORCH_Q4_SUMS_128(i) TORCH_Q4_SUMS_64(i), TORCH_Q4_SUMS_64(i + 32)
+#define TORCH_Q4_SUMS_256(i) TORCH_Q4_SUMS_128(i), TORCH_Q4_SUMS_128(i + 64)
 #define TORCH_Q4_SUM_NAMES_8 "%0, %1, %2, %3"
 #define TORCH_Q4_SUM_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define TORCH_Q4_SUM_NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
@@ -867,11 +927,19 @@ struct GroupTile {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TORCH_Q4_SUM_NAMES_256                                                                   \
+  TORCH_Q4_SUM_NAMES_128                                                                         \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+  "%127"
 #define TORCH_Q4_INPUT_NAMES_8 "{%4, %5, %6, %7}, %8"
 #define TORCH_Q4_INPUT_NAMES_16 "{%8, %9, %10, %11}, %12"
 #define TORCH_Q4_INPUT_NAMES_32 "{%16, %17, %18, %19}, %20"
 #define TORCH_Q4_INPUT_NAMES_64 "{%32, %33, %34, %35}, %36"
 #define TORCH_Q4_INPUT_NAMES_128 "{%64, %65, %66, %67}, %68"
+#define TORCH_Q4_INPUT_NAMES_256 "{%128, %129, %130, %131}, %132"
 #define TORCH_Q4_WGMMA(T, type, columns)                                                         \
   template <>                                                                                    \
   TORCH_Q4_DEVICE void GroupTile<T, columns>::multiply(                                          \
@@ -887,7 +955,8 @@ struct GroupTile {
   TORCH_Q4_WGMMA(T, type, 16)      \
   TORCH_Q4_WGMMA(T, type, 32)      \
   TORCH_Q4_WGMMA(T, type, 64)      \
-  TORCH_Q4_WGMMA(T, type, 128)
+  TORCH_Q4_WGMMA(T, type, 128)     \
+  TORCH_Q4_WGMMA(T, type, 256)
 TORCH_Q4_WGMMA_OF(Float16, "f16")
 TORCH_Q4_WGMMA_OF(BFloat16, "bf16")
 

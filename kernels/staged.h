@@ -51,6 +51,78 @@ struct StagedRow {
   }
 };
 
+// Where a stage is in the ring, and the parity of the phase that its barriers are in.
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+  TORCH_Q4_DEVICE void advance(int stages) {
+    if (++slot == stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Of a unit's 16 segments of 16 elements, the one that a k_lane multiplies in a quarter of the
+// unit's work.
+TORCH_Q4_DEVICE int staged_segment(int block_elems, int k_lane, int quarter) {
+  return block_elems == 256 ? (k_lane >> 1) << 3 | (k_lane & 1) | quarter << 1
+                            : quarter / 2 * 8 + k_lane * 2 + quarter % 2;
+}
+
+// What a lane of a wave, which has 16 rows, reads of half a unit: the codes of two quarters, two
+// rows each, and their scales. They are read before the first is decoded, so that what two
+// quarters have in common is read once.
+template <class Format, class T>
+struct StagedHalf {
+  static constexpr int kKLanes = 4;
+  static constexpr int kBlockPitch =
+      gpu::staged_block_bytes(Format::kBlockElems, sizeof(typename Format::Block));
+  using Row = StagedRow<Format>;
+  using Codes = decltype(Format::packed_codes(std::declval<Row>(), 0));
+
+  PairDecoder<Format, T> scales[2];
+  Codes codes[2][2];
+
+  // Quarters [kFirst, kFirst + 2) of a unit of which only the first `parts` parts exist. Weights of
+  // those that do not are zero.
+  template <int kFirst>
+  TORCH_Q4_DEVICE static StagedHalf read(const uint8_t* weights, int parts) {
+    const int lane = threadIdx.x % kWaveLanes;
+    const int wanted = kFirst / kPartSegments<Format> * kKLanes + lane % kKLanes;
+    const bool is_part = kBlockParts<Format> > 1 || wanted < parts;
+    const int index = is_part ? wanted : 0;
+    const uint8_t* block = weights + index / kBlockParts<Format> * kBlockPitch;
+    const int part = index % kBlockParts<Format>;
+    const Row rows[] = {{block, line_row(lane / 4)}, {block, line_row(lane / 4 + 8)}};
+    const auto codes_of = [&](int row, int quarter) {
+      return Format::packed_codes(rows[row], part_segment<Format>(part, segment(kFirst, quarter)));
+    };
+    StagedHalf half = {{{rows[0], part}, {rows[1], part}},
+                       {{codes_of(0, 0), codes_of(1, 0)}, {codes_of(0, 1), codes_of(1, 1)}}};
+    if (!is_part) {
+#pragma unroll
+      for (int i = 0; i < kPartScales<Format>; ++i) {
+        half.scales[0].scale[i] = half.scales[0].start[i] = 0;
+        half.scales[1].scale[i] = half.scales[1].start[i] = 0;
+      }
+    }
+    return half;
+  }
+  TORCH_Q4_DEVICE static constexpr int segment(int first, int quarter) {
+    return first % kPartSegments<Format> + quarter;
+  }
+
+  // Both rows' weights of a quarter, 0 or 1.
+  template <int kFirst>
+  TORCH_Q4_DEVICE void decode(int quarter, uint32_t (&pairs)[2][8]) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      scales[row].decode_apart(codes[quarter][row], segment(kFirst, quarter), pairs[row]);
+    }
+  }
+};
+
 template <class Format, class T, int kColumns>
 struct StagedProduct {
   using Tile = GroupTile<T, kColumns>;
@@ -125,24 +197,9 @@ struct StagedProduct {
     return group < args.groups && first_row + group * kTileRows < a.row_end;
   }
 
-  // Of a unit's 16 segments of 16 elements, the one that a k_lane multiplies in a quarter of the
-  // unit's work.
   TORCH_Q4_DEVICE static int segment_of(int k_lane, int quarter) {
-    return kBlockParts<Format> == 1 ? quarter / 2 * 8 + k_lane * 2 + quarter % 2
-                                    : part_segment<Format>(k_lane, quarter);
+    return staged_segment(Format::kBlockElems, k_lane, quarter);
   }
-
-  // Where a stage is in the ring, and the parity of the phase that its barriers are in.
-  struct Place {
-    int slot = 0;
-    uint32_t parity = 0;
-    TORCH_Q4_DEVICE void advance(int stages) {
-      if (++slot == stages) {
-        slot = 0;
-        parity ^= 1;
-      }
-    }
-  };
 
   // ---- producers
 
@@ -217,7 +274,7 @@ struct StagedProduct {
     while (has_rows(wave + groups * kWaves)) ++groups;
     LoadedX loaded;
     load_x(begin, loaded);
-    Place place;
+    RingPlace place;
 #pragma unroll 1
     for (int unit = begin; unit < end; ++unit) {
       wait_for(empty(place.slot), place.parity ^ 1);
@@ -253,37 +310,15 @@ struct StagedProduct {
   // ---- consumers
 
   // Half of a unit, quarters [kFirst, kFirst + 2).
-  template <int kFirst, class All>
-  TORCH_Q4_DEVICE void multiply_quarters(const uint8_t* weights, uint64_t x, int parts, All all,
+  template <int kFirst>
+  TORCH_Q4_DEVICE void multiply_quarters(const uint8_t* weights, uint64_t x, int parts,
                                          float (&sums)[kColumns / 2]) const {
-    static_assert(kStepSegments >= 2);
-    const int wanted = kFirst / kStepSegments * kKLanes + lane % kKLanes;
-    const bool is_part = all.value || wanted < parts;
-    const int index = is_part ? wanted : 0;
-    const int block = index / kBlockParts<Format>, part = index % kBlockParts<Format>;
-    const auto row = [&](int slot) {
-      return StagedRow<Format>{weights + block * kBlockPitch, line_row(lane / 4 + 8 * slot)};
-    };
-    const PairDecoder<Format, T> scales[] = {{row(0), part}, {row(1), part}};
-    // Read before the first instruction, so that what two quarters have in common is read once.
-    const auto codes_of = [&](int slot, int i) {
-      return Format::packed_codes(row(slot), part_segment<Format>(part, i));
-    };
-    constexpr int kI = kFirst % kStepSegments;
-    const decltype(codes_of(0, 0)) codes[2][2] = {{codes_of(0, kI), codes_of(1, kI)},
-                                                  {codes_of(0, kI + 1), codes_of(1, kI + 1)}};
+    const auto half = StagedHalf<Format, T>::template read<kFirst>(weights, parts);
     uint32_t decoded[2][2][8];
 #pragma unroll
     for (int quarter = 0; quarter < 2; ++quarter) {
       auto& pairs = decoded[quarter];
-#pragma unroll
-      for (int slot = 0; slot < 2; ++slot) {
-        scales[slot].decode_apart(codes[quarter][slot], kI + quarter, pairs[slot]);
-        if (!is_part) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) pairs[slot][j] = 0;
-        }
-      }
+      half.template decode<kFirst>(quarter, pairs);
       Tile::begin();
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -296,11 +331,11 @@ struct StagedProduct {
   }
 
   // This wave's part of a unit.
-  template <int kPart, class All>
-  TORCH_Q4_DEVICE void multiply_unit(const uint8_t* weights, uint64_t x, int parts, All all,
+  template <int kPart>
+  TORCH_Q4_DEVICE void multiply_unit(const uint8_t* weights, uint64_t x, int parts,
                                      float (&sums)[kColumns / 2]) const {
-    multiply_quarters<2 * kPart>(weights, x, parts, all, sums);
-    if constexpr (kShare == 1) multiply_quarters<2>(weights, x, parts, all, sums);
+    multiply_quarters<2 * kPart>(weights, x, parts, sums);
+    if constexpr (kShare == 1) multiply_quarters<2>(weights, x, parts, sums);
   }
 
   template <int kPart>
@@ -310,17 +345,12 @@ struct StagedProduct {
     const int place_of_group = group < args.groups ? group : args.groups - 1;
     const uint8_t* weights = stages + kXBytes + place_of_group * kWeightBytes;
     const uint64_t x = Tile::describe(stages);
-    Place place;
+    RingPlace place;
 #pragma unroll 1
     for (int unit = begin; unit < end; ++unit) {
       const int at = place.slot * stage_bytes;
       wait_for(full(place.slot), place.parity);
-      if (is_whole(unit)) {
-        multiply_unit<kPart>(weights + at, x + at / 16, kUnitParts, std::true_type(), sums);
-      } else {
-        multiply_unit<kPart>(weights + at, x + at / 16, elements_of(unit) / kPartElems<Format>,
-                             std::false_type(), sums);
-      }
+      multiply_unit<kPart>(weights + at, x + at / 16, elements_of(unit) / kPartElems<Format>, sums);
       __syncwarp();
       if (lane == 0) arrive(empty(place.slot));
       place.advance(args.stages);

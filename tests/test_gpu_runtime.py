@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ class StagedArgs(ctypes.Structure):
     ]
 
 
+class PairedArgs(ctypes.Structure):
+    """As in kernels/arguments.h."""
+
+    _fields_ = [
+        ("linear", LinearArgs),
+        ("arranged", ctypes.c_void_p),
+        ("partial", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("x_stages", "weight_stages", "splits")),
+    ]
+
+
 class Record(ctypes.Structure):
     """What the stub records and what it is told."""
 
@@ -63,6 +75,7 @@ class Record(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
+        ("overlaps", ctypes.c_int),
         ("stream", ctypes.c_void_p),
         ("args", ctypes.c_ubyte * 256),
         ("args_bytes", ctypes.c_int),
@@ -100,8 +113,10 @@ def compile_all(folder: Path) -> None:
     drivers = {
         "libamdhip64.so": [],
         "libcuda.so.1": ["-DSTUB_CUDA"],
+        "old/libcuda.so.1": ["-DSTUB_CUDA", "-DSTUB_WITHOUT_ATTRIBUTES"],
         "incomplete.so": ["-DSTUB_WITHOUT_PROPERTIES"],
     }
+    (folder / "old").mkdir()
     gpu = ROOT / "csrc/gpu"
     built_for_hip = f'-DTORCH_Q4_BUILT_FOR_HIP="{BUILT_FOR_HIP}"'
     built_for_cuda = f'-DTORCH_Q4_BUILT_FOR_CUDA="{BUILT_FOR_CUDA}"'
@@ -137,7 +152,7 @@ def compiled(tmp_path_factory) -> Path:
 def lay_out(compiled: Path, folder: Path, runtime: str, driver: str) -> None:
     """A library with code objects beside it, as in the package."""
     shutil.copy(compiled / runtime, folder / "_C.so")
-    shutil.copy(compiled / driver, folder / driver)
+    shutil.copy(compiled / driver, folder / Path(driver).name)
     (folder / "kernels").mkdir()
     for name in [*(fmt.name for fmt in formats.all()), "common"]:
         for suffix in ("hipfb", "fatbin"):
@@ -148,12 +163,14 @@ def open_runtime(folder: Path) -> Any:
     library = ctypes.CDLL(str(folder / "_C.so"))
     for name in ("name_of_kernel", "launch_linear", "find_in", "launch_in_new_thread",
                  "path_of_driver", "set_plan", "plan_of", "names_of_kernels",
-                 "name_of_choice", "launch_staged", "check_runs_on"):  # fmt: skip
+                 "name_of_choice", "launch_staged", "launch_paired", "check_runs_on"):  # fmt: skip
         getattr(library, name).restype = ctypes.c_char_p
     library.choose.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int]
-    library.plan_of_staged.argtypes = (
-        [ctypes.c_int64] * 3 + [ctypes.c_int] * 4 + [ctypes.POINTER(ctypes.c_int64)]
-    )
+    library.paired_is_quicker.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
+    for name in ("plan_of_staged", "plan_of_paired"):
+        getattr(library, name).argtypes = (
+            [ctypes.c_int64] * 3 + [ctypes.c_int] * 4 + [ctypes.POINTER(ctypes.c_int64)]
+        )
     weight = [ctypes.c_int64, *[ctypes.c_int] * 3, ctypes.c_int64]
     library.set_plan.argtypes = [*weight, ctypes.c_char_p]
     library.plan_of.argtypes = weight
@@ -167,8 +184,9 @@ def open_runtime(folder: Path) -> Any:
 def start(compiled, tmp_path, monkeypatch):
     def start(runtime: str = "runtime.so", driver: str = "libamdhip64.so") -> Runtime:
         lay_out(compiled, tmp_path, runtime, driver)
-        monkeypatch.setenv("TORCH_Q4_GPU_DRIVER", str(tmp_path / driver))
-        stub = Record.in_dll(ctypes.CDLL(str(tmp_path / driver)), "stub")
+        path = str(tmp_path / Path(driver).name)
+        monkeypatch.setenv("TORCH_Q4_GPU_DRIVER", path)
+        stub = Record.in_dll(ctypes.CDLL(path), "stub")
         return Runtime(open_runtime(tmp_path), stub, tmp_path)
 
     return start
@@ -236,6 +254,41 @@ def test_a_staged_launch_arrives(hopper) -> None:
     assert (stub.launches, stub.lookups) == (16, 6)
 
 
+@pytest.mark.parametrize("driver", ["libcuda.so.1", "old/libcuda.so.1"])
+def test_a_paired_launch_arrives(start, driver) -> None:
+    """It may begin before the kernel before it has ended, where the driver knows of that."""
+    hopper = start("hopper.so", driver)
+    stub, library = hopper.stub, hopper.library
+    stub.args_bytes = ctypes.sizeof(PairedArgs)
+    args = PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
+    for width, (columns, blocks) in enumerate(((128, 3), (256, 2))):
+        assert hopper.error("launch_paired", width, 0, ctypes.byref(args)) == ""
+        assert stub.kernel == f"paired_bf16_{columns}".encode()
+        assert list(stub.grid) == [2 * 4 * blocks * 2, 1, 1]  # 4 pairs of 128 rows, 2 splits
+        assert list(stub.block) == [384, 1, 1]
+        assert stub.shared == library.bytes_of_paired(width, ctypes.byref(args)) > 0
+        assert stub.stream == 0x1234
+        assert bytes(stub.args[: stub.args_bytes]) == bytes(args)
+        assert stub.overlaps == (driver == "libcuda.so.1")
+        assert (stub.attributes, stub.shared_allowed) == (width + 1, SHARED_BYTES)
+    assert hopper.error("launch_linear", 0, 0, 1, ctypes.byref(linear_args())) == ""
+    assert not stub.overlaps
+
+
+def test_an_overlapping_launch_in_a_new_thread(hopper) -> None:
+    """A thread without a context gets one here, too."""
+    args = PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
+    errors: list[str] = []
+    for _ in range(2):  # with the kernel still to be loaded, and with it loaded
+        thread = threading.Thread(
+            target=lambda: errors.append(hopper.error("launch_paired", 0, 0, ctypes.byref(args)))
+        )
+        thread.start()
+        thread.join()
+    assert errors == ["", ""]
+    assert (hopper.stub.loads, hopper.stub.launches) == (1, 2)
+
+
 def test_shared_memory_that_is_not_allowed(hopper) -> None:
     hopper.stub.fail_attribute = 1
     kernel = hopper.library.staged_number(F16, 3)
@@ -279,7 +332,8 @@ def test_every_kernel_has_its_file_and_name(hip) -> None:
     names += [f"matvec_int8_{columns}" for columns in (1, 2, 4, 8)]
     names += [f"matmul_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64)]
     names += [f"staged_{t}_{columns}" for t in suffixes[1:] for columns in (8, 16, 32, 64, 128)]
-    names += ["quantize_activations", "sum_splits"]
+    names += [f"paired_{t}_{columns}" for t in suffixes[1:] for columns in (128, 256)]
+    names += ["quantize_activations", "sum_splits", "arrange"]
     count = hip.library.kernel_count()
     assert [hip.error("name_of_kernel", kernel) for kernel in range(count)] == names
     for position, name in enumerate([*(fmt.name for fmt in formats.all()), "common"]):
@@ -462,7 +516,7 @@ def test_what_serves_an_architecture(hip, built, architecture, served) -> None:
 
 # ---- the choice of a kernel ----------------------------------------------------------------------
 
-ELEMENT, MATVEC, MATVEC_INT8, MATMUL_16, MATMUL_64, STAGED, BLAS = range(7)
+ELEMENT, MATVEC, MATVEC_INT8, MATMUL_16, MATMUL_64, STAGED, PAIRED, BLAS = range(8)
 
 
 @pytest.mark.parametrize(
@@ -490,9 +544,10 @@ def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
 @pytest.mark.parametrize(
     ("number", "int8", "packed", "n", "by_rows"),
     [
-        (F16, 0, 1, 4096, {1: MATMUL_16, 8: MATMUL_16, 9: STAGED, 256: STAGED, 257: BLAS}),
-        (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 256: STAGED, 257: BLAS}),
-        (BF16, 1, 1, 8193, {1: STAGED, 16: STAGED, 256: STAGED, 257: BLAS}),
+        (F16, 0, 1, 4096, {1: MATMUL_16, 8: MATMUL_16, 9: STAGED, 256: STAGED, 512: PAIRED}),
+        (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 64: STAGED, 65: PAIRED}),
+        (BF16, 1, 1, 14336, {1: STAGED, 16: STAGED, 64: STAGED, 65: PAIRED, 2048: PAIRED}),
+        (BF16, 0, 1, 14336, {4096: PAIRED, 16384: BLAS}),
         (F16, 0, 0, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
         (BF16, 1, 0, 4096, {8: MATVEC_INT8, 9: BLAS}),
         (F32, 0, 1, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
@@ -649,7 +704,8 @@ def test_every_kernel_that_suits_can_be_planned(which, family, request) -> None:
 
     everything = names(F16, 1, -1)
     assert everything == names(BF16, 1, -1) == names(F16, 1, HOPPER)
-    assert ("staged" in names(F16, 1)) == (family == HOPPER)
+    for name in ("staged", "paired"):
+        assert (name in names(F16, 1)) == (family == HOPPER)
     assert everything >= {"element", "matvec", "matmul_16", "matmul_64", "blas"}
     for dtype, packed in ((F16, 1), (F32, 1), (F16, 0), (F32, 0)):
         suiting = names(dtype, packed)
@@ -777,7 +833,83 @@ def test_staged_plans(hip) -> None:
     assert plan(128, 14336, 4096, "q8_0", shared_bytes=101376)[0] < 128
 
 
-@pytest.mark.parametrize("struct", [LinearArgs, StagedArgs], ids=lambda struct: struct.__name__)
+@dataclass
+class PairedPlan:
+    columns: int
+    x_stages: int
+    weight_stages: int
+    splits: int
+    shared_bytes: int
+    blocks: int
+
+
+def paired_plan(
+    runtime: Runtime, m: int, n: int, k: int, fmt: formats.Format, multiprocessors: int = 132
+) -> PairedPlan:
+    found = (ctypes.c_int64 * 6)()
+    runtime.library.plan_of_paired(
+        m, n, k, fmt.block_elems, fmt.block_bytes, multiprocessors, SHARED_BYTES, found
+    )
+    return PairedPlan(*found)
+
+
+def test_every_paired_plan_fits(hip, fmt) -> None:
+    for m in (1, 127, 128, 129, 256, 300, 512, 1000, 2048, 100_000):
+        for n in (5, 16, 48, 100, 1024, 4096, 11008, 14336, 128256):
+            for k in (fmt.block_elems, 256, 768, 4096, 4352, 14336):
+                for multiprocessors in (1, 2, 78, 132):
+                    plan = paired_plan(hip, m, n, k, fmt, multiprocessors)
+                    what = (m, n, k, multiprocessors, plan)
+                    assert plan.shared_bytes <= SHARED_BYTES, what
+                    # Fewer stages of x keep the matrix cores waiting.
+                    assert (4 if plan.columns == 256 else 8) <= plan.x_stages <= 8, what
+                    assert 2 <= plan.weight_stages <= 8, what
+                    # Parts of K of two units of the larger size or more.
+                    assert plan.splits == 1 or 512 * plan.splits <= -(-k // 128) * 128, what
+                    assert 1 <= plan.splits <= 8, what
+                    assert plan.blocks % 2 == 0, what
+                    assert plan.blocks <= max(multiprocessors, 2), what
+                    assert (plan.blocks == 0) == (n < 16), what
+
+
+def test_paired_plans(hip) -> None:
+    """Those that were the quickest on an H100."""
+
+    def plan(m: int, n: int, k: int, fmt: str = "q4_0") -> tuple[int, int]:
+        found = paired_plan(hip, m, n, k, formats.get(fmt))
+        return found.columns, found.splits
+
+    for fmt in ("q4_0", "q4_k"):
+        assert plan(128, 14336, 4096, fmt) == (128, 1)
+        assert plan(256, 14336, 4096, fmt) == (256, 1)
+        assert plan(512, 14336, 4096, fmt) == (256, 1)
+        assert plan(512, 4096, 4096, fmt) == (128, 1)
+        assert plan(2048, 4096, 4096, fmt) == (256, 1)
+        assert plan(128, 4096, 14336, fmt) == (128, 4)
+    assert plan(1, 16, 256) == (128, 1), "too little of K to share out"
+
+
+def test_where_paired_is_quicker_than_blas(hip) -> None:
+    """As on an H100, where one of them took at least a twentieth less."""
+
+    def rows(n: int, k: int, block_elems: int) -> list[int]:
+        quicker = hip.library.paired_is_quicker
+        return [m for m in (256, 512, 1024, 2048) if quicker(m, n, k, block_elems)]
+
+    for block_elems in (32, 256):
+        assert rows(14336, 4096, block_elems) == [256, 512, 1024, 2048]
+        assert rows(8192, 8192, block_elems) == [256, 512, 1024, 2048]
+        assert {256, 512, 1024} <= set(rows(28672, 4096, block_elems))
+        assert {256, 512, 1024} <= set(rows(4096, 14336, block_elems))
+        assert {512, 1024} <= set(rows(4096, 4096, block_elems))
+        assert 256 in rows(5120, 5120, block_elems)
+        assert 1024 not in rows(5120, 5120, block_elems), "a tenth of the GPU in the second round"
+        assert rows(2048, 2048, block_elems) == rows(1024, 4096, block_elems) == []
+
+
+@pytest.mark.parametrize(
+    "struct", [LinearArgs, StagedArgs, PairedArgs], ids=lambda struct: struct.__name__
+)
 def test_the_arguments_mirror_the_header(struct) -> None:
     header = (ROOT / "kernels/arguments.h").read_text()
     body = re.search(rf"struct {struct.__name__} \{{(.*?)\n\}};", header, re.S)

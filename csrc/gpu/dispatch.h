@@ -16,6 +16,7 @@ enum class LinearKernel {
   kMatmul16,    // matrix cores, 16 rows of x at a time
   kMatmul64,    // the same, 64 rows
   kStaged,      // Hopper's, 8 to 128 rows
+  kPaired,      // Hopper's, 128 or 256 rows
   kBlas,        // dequantises, then torch's own product
 };
 
@@ -25,6 +26,8 @@ struct LinearCase {
   bool packed;
   int64_t m, n, k;
   Family family;
+  int block_elems;
+  int multiprocessors;
 };
 
 constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
@@ -36,6 +39,7 @@ struct LinearRule {
   int64_t most_rows;  // of x
   LinearKernel kernel;
   int64_t most_n = kAnyNumber, most_k = kAnyNumber;
+  bool (*when)(const LinearCase&) = nullptr;  // null: always
 };
 
 // What can be asked for by name, and what each can compute. int8 has one kernel only, and no plans.
@@ -54,6 +58,8 @@ constexpr LinearKernelInfo kLinearKernels[] = {
     {"matmul_64", LinearKernel::kMatmul64, LinearRule::kPackedOnly, LinearRule::k16Bit},
     {"staged", LinearKernel::kStaged, LinearRule::kPackedOnly, LinearRule::k16Bit,
      /*hopper_only=*/true},
+    {"paired", LinearKernel::kPaired, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     /*hopper_only=*/true},
     {"blas", LinearKernel::kBlas, LinearRule::kAnyLayout, LinearRule::kAnyDType},
 };
 
@@ -65,6 +71,54 @@ constexpr bool takes_dtype(const LinearKernelInfo& kernel, DType dtype) {
 }
 constexpr bool takes_family(const LinearKernelInfo& kernel, Family family) {
   return !kernel.hopper_only || family == Family::kHopper;
+}
+
+// What paired_T_C and torch's own product should take, in nanoseconds: fitted, to within a tenth or
+// so, to what they did take on an H100 for weights of 1024 x 4096 to 28672 x 4096 and 128 to 2048
+// rows of x.
+struct PairedCut {
+  int width;  // a position in kPairedColumns
+  int32_t splits;
+  int64_t time;
+};
+
+// The quickest way to cut the product up. Blocks are as many as multiprocessors, and those of the
+// last round, which need not be all of them, take as long as the others.
+constexpr PairedCut paired_cut(int64_t m, int64_t n, int64_t k, int block_elems,
+                               int multiprocessors) {
+  constexpr int64_t kMostSplits = 8;
+  const bool large = block_elems == 256;  // their scales take longer to decode
+  const int64_t step_times[kPairedWidths] = {large ? 1100 : 900, large ? 1520 : 1480};
+  const int64_t steps = (k + 127) / 128;
+  const int64_t places = multiprocessors < 2 ? 1 : multiprocessors / 2;
+  PairedCut best = {0, 1, kAnyNumber};
+  for (int width = 0; width < kPairedWidths; ++width) {
+    for (int32_t splits = 1; splits <= kMostSplits && (splits == 1 || 4 * splits <= steps);
+         ++splits) {
+      PairedArgs args = {};
+      args.linear.m = m;
+      args.linear.row_end = n / kGroupRows * kGroupRows;
+      args.splits = splits;
+      const int64_t rounds = (paired_count(args, kPairedColumns[width]) + places - 1) / places;
+      const int64_t arranging = 3500 + m * k / 1000;
+      const int64_t adding_up = splits > 1 ? 2000 + splits * m * n / 300 : 0;
+      const int64_t time =
+          rounds * ((steps + splits - 1) / splits) * step_times[width] + arranging + adding_up;
+      if (time < best.time) best = {width, splits, time};
+    }
+  }
+  return best;
+}
+
+constexpr int64_t blas_time(int64_t m, int64_t n, int64_t k, int block_elems) {
+  const int64_t dequantising = n * k / (block_elems == 256 ? 1000 : 1100), reading = n * k / 1500;
+  const int64_t multiplying = static_cast<int64_t>(static_cast<double>(m) * n * k / 375000);
+  return 2000 + dequantising + (reading > multiplying ? reading : multiplying);
+}
+
+constexpr bool paired_beats_blas(const LinearCase& c) {
+  return paired_cut(c.m, c.n, c.k, c.block_elems, c.multiprocessors).time <
+         blas_time(c.m, c.n, c.k, c.block_elems);
 }
 
 // The first rule that fits is taken; the last ones of each table fit everything. Exact products
@@ -92,8 +146,12 @@ constexpr LinearRule kHopperRules[] = {
      LinearKernel::kMatmul16, /*most_n=*/4096, /*most_k=*/4096},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 4,
      LinearKernel::kMatmul16, /*most_n=*/8192, /*most_k=*/8192},
-    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 64,
      LinearKernel::kStaged},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,
+     LinearKernel::kStaged, /*most_n=*/4096, /*most_k=*/4096},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, kAnyNumber,
+     LinearKernel::kPaired, kAnyNumber, kAnyNumber, paired_beats_blas},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
      LinearKernel::kMatvecInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
@@ -137,7 +195,7 @@ constexpr bool fits(const LinearRule& rule, const LinearCase& c) {
   return c.m <= rule.most_rows && c.n <= rule.most_n && c.k <= rule.most_k &&
          (rule.layouts == LinearRule::kAnyLayout || c.packed) &&
          (rule.dtypes == LinearRule::kAnyDType || c.dtype != kFloat32) &&
-         (rule.computes == LinearRule::kAnyCompute || c.int8);
+         (rule.computes == LinearRule::kAnyCompute || c.int8) && (!rule.when || rule.when(c));
 }
 
 template <size_t kCount>
@@ -211,6 +269,40 @@ constexpr StagedPlan staged_plan(int64_t m, int64_t n, int64_t k, int block_elem
     }
     return {width, groups, stages < 2 ? 2 : stages, static_cast<int32_t>(splits)};
   }
+}
+
+// How paired_T_C cuts up a product of m rows of x with n packed rows of W.
+struct PairedPlan {
+  int width;  // a position in kPairedColumns
+  int32_t x_stages, weight_stages, splits;
+};
+
+// As many stages of x as shared memory has room for beside two units of 256 elements of the
+// weights, since refilling one takes both blocks of a pair; then of the weights. Fewer than 2 of
+// either if there is no room.
+constexpr PairedPlan with_stages(PairedPlan plan, int block_elems, int block_bytes,
+                                 int shared_bytes) {
+  const int columns = kPairedColumns[plan.width];
+  const int32_t most_x = columns > 128 ? 5 : 8;
+  const int32_t unit_stages = kStagedUnit / paired_unit(block_elems);
+  PairedArgs args = {};
+  args.weight_stages = 2 * unit_stages;
+  const auto fits = [&] {
+    return paired_shared_bytes(args, columns, block_elems, block_bytes) <= shared_bytes;
+  };
+  while (args.x_stages < most_x && (++args.x_stages, fits())) {
+  }
+  if (!fits()) --args.x_stages;
+  while (args.weight_stages < 3 * unit_stages && (++args.weight_stages, fits())) {
+  }
+  if (!fits()) --args.weight_stages;
+  return {plan.width, args.x_stages, args.weight_stages, plan.splits};
+}
+
+constexpr PairedPlan paired_plan(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
+                                 int multiprocessors, int shared_bytes) {
+  const PairedCut cut = paired_cut(m, n, k, block_elems, multiprocessors);
+  return with_stages({cut.width, 0, 0, cut.splits}, block_elems, block_bytes, shared_bytes);
 }
 
 // Of linear_transposed: up to so many rows of grad are multiplied by our own kernel.

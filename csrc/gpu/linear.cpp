@@ -75,6 +75,21 @@ SumArgs sum_args(const Tensor& partial, void* out, DType dtype) {
   return args;
 }
 
+// What the blocks that share out K leave to be added up.
+std::optional<Tensor> partial_sums(const Call& call, const LinearArgs& args, int32_t splits) {
+  if (splits == 1) return std::nullopt;
+  return call.empty({splits, args.m, args.row_end}, ScalarType::Float);
+}
+
+void add_up(const Call& call, const Tensor& partial, const LinearArgs& args) {
+  SumArgs sum = sum_args(partial, args.out, args.dtype);
+  sum.bias = args.bias;
+  sum.n = args.n;
+  Block block;
+  block.overlaps = true;
+  call.run_common(kSumSplits, sum_grid(sum), sum, block);
+}
+
 void staged(const Call& call, LinearArgs args) {
   const FormatInfo& format = call.format;
   const DeviceInfo& info = call.info();
@@ -85,21 +100,48 @@ void staged(const Call& call, LinearArgs args) {
   by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
     if (part.row_end == 0) return;
     StagedArgs all = {part, nullptr, plan.groups, plan.stages, plan.splits};
-    std::optional<Tensor> partial;
-    if (plan.splits > 1) {
-      partial = call.empty({plan.splits, part.m, part.row_end}, ScalarType::Float);
-      all.partial = static_cast<float*>(partial->mutable_data_ptr());
-    }
+    std::optional<Tensor> partial = partial_sums(call, part, plan.splits);
+    if (partial) all.partial = static_cast<float*>(partial->mutable_data_ptr());
     const int bytes = staged_shared_bytes(all, columns, format.block_elems, format.block_bytes);
     call.run(staged_kernel(args.dtype, plan.width), staged_grid(all, columns), all,
              {static_cast<unsigned>(staged_threads(columns)), static_cast<unsigned>(bytes)});
-    if (!partial) return;
-    SumArgs sum = sum_args(*partial, part.out, part.dtype);
-    sum.bias = part.bias;
-    sum.n = part.n;
+    if (partial) add_up(call, *partial, part);
+  });
+  rows_that_are_not_packed(call, args);
+}
+
+// Rows of x that are arranged at a time, at most kPanelBytes of them.
+int64_t arranged_rows(int64_t k) {
+  constexpr int64_t kMultiple = 256;  // whole blocks of columns
+  const int64_t rows = kPanelBytes / arranged_bytes(1, k, 1) / kMultiple * kMultiple;
+  return std::max(rows, kMultiple);
+}
+
+void paired(const Call& call, LinearArgs args) {
+  const FormatInfo& format = call.format;
+  const DeviceInfo& info = call.info();
+  args.row_end = args.n / kGroupRows * kGroupRows;
+  by_rows(args, arranged_rows(args.k), dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    if (part.row_end == 0) return;
+    const PairedPlan plan =
+        paired_plan(part.m, part.n, part.k, format.block_elems, format.block_bytes,
+                    info.multiprocessors, info.shared_bytes);
+    const int columns = kPairedColumns[plan.width];
+    const Tensor arranged = call.empty({arranged_bytes(part.m, part.k, columns)}, ScalarType::Byte);
+    const ArrangeArgs arrange = {part.x,  arranged.mutable_data_ptr(),
+                                 part.m,  part.k,
+                                 columns, static_cast<int32_t>(format.block_elems)};
+    call.run_common(kArrange, arrange_grid(arrange), arrange);
+    PairedArgs all = {part, arrange.out, nullptr, plan.x_stages, plan.weight_stages, plan.splits};
+    std::optional<Tensor> partial = partial_sums(call, part, plan.splits);
+    if (partial) all.partial = static_cast<float*>(partial->mutable_data_ptr());
     Block block;
+    block.threads = kPairedThreads;
+    block.shared_bytes = paired_shared_bytes(all, columns, format.block_elems, format.block_bytes);
     block.overlaps = true;
-    call.run_common(kSumSplits, sum_grid(sum), sum, block);
+    call.run(paired_kernel(args.dtype, plan.width), paired_grid(all, columns, info.multiprocessors),
+             all, block);
+    if (partial) add_up(call, *partial, part);
   });
   rows_that_are_not_packed(call, args);
 }
@@ -233,10 +275,10 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
   }
 
   const LinearKernel kernel =
-      given
-          ? *given
-          : planned_linear(call.device, format.index,
-                           {args.dtype, int8, packed, args.m, args.n, args.k, call.info().family});
+      given ? *given
+            : planned_linear(call.device, format.index,
+                             {args.dtype, int8, packed, args.m, args.n, args.k, call.info().family,
+                              static_cast<int>(format.block_elems), call.info().multiprocessors});
   const Tensor source = aligned(x), weight = aligned(blocks);
   if (kernel == LinearKernel::kBlas) {
     return linear_by_blas(call, source, weight, bias, packed, std::move(shape));
@@ -258,6 +300,9 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
       break;
     case LinearKernel::kStaged:
       staged(call, args);
+      break;
+    case LinearKernel::kPaired:
+      paired(call, args);
       break;
     case LinearKernel::kMatvecInt8:
       matvec_of_int8(call, args);

@@ -39,8 +39,10 @@ std::string choice(int64_t device, int64_t format, ScalarType dtype, bool packed
   const char* op = "_linear_choice";
   const PlanKey key = key_of(op, format, dtype, packed, n, k);
   const int index = static_cast<int>(device);
-  const Family family = device_info(op, index).family;
-  const LinearCase c = {key.dtype, /*int8=*/false, packed, m, n, k, family};
+  const DeviceInfo& info = device_info(op, index);
+  const auto block_elems = static_cast<int>(check_format(op, format).block_elems);
+  const LinearCase c = {key.dtype,   /*int8=*/false,      packed, m, n, k, info.family,
+                        block_elems, info.multiprocessors};
   return linear_kernel_name(by_table ? choose_linear(c) : planned_linear(index, key.format, c));
 }
 

@@ -178,7 +178,9 @@ Module find_module(const char* op, const Driver& driver, CodeObject object, int 
   return module = loaded;
 }
 
-bool is_staged(Kernel kernel) { return kernel >= kStaged && kernel < kQuantizeActivations; }
+bool has_dynamic_shared_memory(Kernel kernel) {
+  return kernel >= kStaged && kernel < kQuantizeActivations;
+}
 
 // The first use of a kernel on a device.
 Function load_kernel(const char* op, CodeObject object, Kernel kernel, int device) {
@@ -197,7 +199,7 @@ Function load_kernel(const char* op, CodeObject object, Kernel kernel, int devic
   TORCH_Q4_CHECK(result == 0, op, ": ", object_path(driver, object), " must hold the kernel ",
                  kernel_name(kernel), " for ", info.architecture, ", got ",
                  driver.describe(result));
-  if (is_staged(kernel)) {
+  if (has_dynamic_shared_memory(kernel)) {
     result = driver.allow_shared_bytes(function, info.shared_bytes);
     TORCH_Q4_CHECK(result == 0, op, ": ", kernel_name(kernel), " must be allowed ",
                    info.shared_bytes, " bytes of shared memory on ", info.architecture, ", got ",
@@ -229,6 +231,8 @@ std::string kernel_name(Kernel kernel) {
       return "quantize_activations";
     case kSumSplits:
       return "sum_splits";
+    case kArrange:
+      return "arrange";
     default:
       break;
   }
@@ -245,9 +249,14 @@ std::string kernel_name(Kernel kernel) {
     return with_width(std::string("matmul_") + kSuffixes[1 + place / kMatmulWidths],
                       kMatmulColumns[place % kMatmulWidths]);
   }
-  const int place = kernel - kStaged;
-  return with_width(std::string("staged_") + kSuffixes[1 + place / kStagedWidths],
-                    kStagedColumns[place % kStagedWidths]);
+  if (kernel < kPaired) {
+    const int place = kernel - kStaged;
+    return with_width(std::string("staged_") + kSuffixes[1 + place / kStagedWidths],
+                      kStagedColumns[place % kStagedWidths]);
+  }
+  const int place = kernel - kPaired;
+  return with_width(std::string("paired_") + kSuffixes[1 + place / kPairedWidths],
+                    kPairedColumns[place % kPairedWidths]);
 }
 
 const DeviceInfo& device_info(const char* op, int device) {

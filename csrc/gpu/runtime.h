@@ -28,6 +28,7 @@ constexpr int kDTypes = 3;
 constexpr int kMatvecWidths = sizeof(kMatvecColumns) / sizeof(int);
 constexpr int kMatmulWidths = sizeof(kMatmulColumns) / sizeof(int);
 constexpr int kStagedWidths = sizeof(kStagedColumns) / sizeof(int);
+constexpr int kPairedWidths = sizeof(kPairedColumns) / sizeof(int);
 
 // The entry points of kernels/arguments.h. Families are addressed by the functions below.
 enum Kernel : int {
@@ -42,14 +43,16 @@ enum Kernel : int {
   kMatvecInt8 = kMatvec + kDTypes * kMatvecWidths,
   kMatmul = kMatvecInt8 + kMatvecWidths,
   kStaged = kMatmul + (kDTypes - 1) * kMatmulWidths,
-  kQuantizeActivations = kStaged + (kDTypes - 1) * kStagedWidths,
+  kPaired = kStaged + (kDTypes - 1) * kStagedWidths,
+  kQuantizeActivations = kPaired + (kDTypes - 1) * kPairedWidths,
   kSumSplits,
+  kArrange,
   kKernelCount
 };
 
 constexpr Kernel element_kernel(DType dtype) { return Kernel(kElement + dtype); }
 constexpr Kernel transposed_kernel(DType dtype) { return Kernel(kTransposed + dtype); }
-// `width` is a position in kMatvecColumns, kMatmulColumns or kStagedColumns.
+// `width` is a position in kMatvecColumns, kMatmulColumns, kStagedColumns or kPairedColumns.
 constexpr Kernel matvec_kernel(DType dtype, int width) {
   return Kernel(kMatvec + dtype * kMatvecWidths + width);
 }
@@ -59,6 +62,9 @@ constexpr Kernel matmul_kernel(DType dtype, int width) {
 }
 constexpr Kernel staged_kernel(DType dtype, int width) {
   return Kernel(kStaged + (dtype - 1) * kStagedWidths + width);
+}
+constexpr Kernel paired_kernel(DType dtype, int width) {
+  return Kernel(kPaired + (dtype - 1) * kPairedWidths + width);
 }
 
 // The entry point's name: "matvec_f16_4".
@@ -71,14 +77,14 @@ enum class Family {
   kNvidia,
   kAmdMatrix,    // matrix cores: MFMA of CDNA, WMMA of RDNA 3 and later
   kAmdNoMatrix,  // gfx906, RDNA 1 and 2
-  kHopper,       // sm_90 where the build has code for sm_90a, which alone has staged_T_C
+  kHopper,  // sm_90 where the build has code for sm_90a, which alone has staged_T_C and paired_T_C
 };
 
 struct DeviceInfo {
   std::string architecture;  // "gfx90a", "sm_90"
   Family family;
   int multiprocessors;
-  int shared_bytes;  // the most dynamic shared memory of a block of staged_T_C; 0 for HIP
+  int shared_bytes;  // the most dynamic shared memory that a block may have; 0 for HIP
 };
 
 // Looked up once per device.

@@ -20,6 +20,13 @@ STAGED_PRODUCERS = 128
 STAGED_MOST_STAGES = 6
 STAGED_BARRIER_BYTES = 128
 STAGED_SUM_STRIDE = 20
+PAIRED_COLUMNS = (128, 256)
+PAIRED_ROWS = 128
+PAIRED_MOST_STAGES = 8
+PAIRED_THREADS = 384
+PAIRED_BARRIER_BYTES = 4 * 8 * PAIRED_MOST_STAGES
+PAIRED_STORE_BYTES = 1024
+ARRANGE_ROWS = 16
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 
@@ -55,6 +62,28 @@ class StagedArgs(ctypes.Structure):
         ("groups", _Int),
         ("stages", _Int),
         ("splits", _Int),
+    ]
+
+
+class PairedArgs(ctypes.Structure):
+    _fields_ = [
+        ("linear", LinearArgs),
+        ("arranged", _Pointer),
+        ("partial", _Pointer),
+        ("x_stages", _Int),
+        ("weight_stages", _Int),
+        ("splits", _Int),
+    ]
+
+
+class ArrangeArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", _Pointer),
+        ("out", _Pointer),
+        ("m", _Size),
+        ("k", _Size),
+        ("columns", _Int),
+        ("block_elems", _Int),
     ]
 
 
@@ -144,6 +173,8 @@ class ActivationArgs(ctypes.Structure):
 STRUCTS: tuple[type[ctypes.Structure], ...] = (
     LinearArgs,
     StagedArgs,
+    PairedArgs,
+    ArrangeArgs,
     DequantizeArgs,
     EmbeddingArgs,
     TransposedArgs,
@@ -211,6 +242,46 @@ def staged_shared_bytes(a: StagedArgs, columns: int, block_elems: int, block_byt
 def staged_grid(a: StagedArgs, columns: int) -> Grid:
     groups = (a.linear.row_end - a.linear.row_begin) // GROUP_ROWS
     return ceil_div(groups, a.groups) * a.splits, ceil_div(a.linear.m, columns)
+
+
+def paired_unit(block_elems: int) -> int:
+    return STAGED_UNIT if block_elems == 256 else STAGED_UNIT // 2
+
+
+def paired_x_bytes(columns: int) -> int:
+    return columns * 64 * 2
+
+
+def paired_weight_bytes(block_elems: int, block_bytes: int) -> int:
+    blocks = paired_unit(block_elems) // block_elems
+    return blocks * staged_block_bytes(block_elems, block_bytes)
+
+
+def paired_shared_bytes(a: PairedArgs, columns: int, block_elems: int, block_bytes: int) -> int:
+    x = a.x_stages * paired_x_bytes(columns)
+    weights = a.weight_stages * paired_weight_bytes(block_elems, block_bytes)
+    groups = PAIRED_ROWS // GROUP_ROWS
+    return PAIRED_BARRIER_BYTES + x + groups * (weights + PAIRED_STORE_BYTES)
+
+
+def paired_row_pairs(a: LinearArgs) -> int:
+    return ceil_div(a.row_end - a.row_begin, 2 * PAIRED_ROWS)
+
+
+def paired_count(a: PairedArgs, columns: int) -> int:
+    return paired_row_pairs(a.linear) * ceil_div(a.linear.m, columns) * a.splits
+
+
+def paired_grid(a: PairedArgs, columns: int, multiprocessors: int) -> Grid:
+    return 2 * min(paired_count(a, columns), max(1, multiprocessors // 2)), 1
+
+
+def arranged_bytes(m: int, k: int, columns: int) -> int:
+    return ceil_div(m, columns) * columns * ceil_div(k, STAGED_UNIT) * STAGED_UNIT * 2
+
+
+def arrange_grid(a: ArrangeArgs) -> Grid:
+    return ceil_div(a.k, STAGED_UNIT), ceil_div(a.m, ARRANGE_ROWS)
 
 
 def sum_grid(a: SumArgs) -> Grid:

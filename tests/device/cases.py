@@ -14,7 +14,7 @@ from typing import Any
 
 import arguments as args
 import numpy as np
-from session import MismatchError, Session
+from session import MismatchError, Output, Session
 from weights import (
     F32,
     FLOATS,
@@ -48,6 +48,7 @@ def all_cases() -> Iterator[Case]:
     """Every kernel that kernels/arguments.h promises."""
     yield Case(COMMON, "quantize_activations", _quantize_activations)
     yield Case(COMMON, "sum_splits", _sum_splits)
+    yield Case(COMMON, "arrange", _arrange, optional=True)
     for fmt in all_formats().values():
         yield from _format_cases(fmt)
 
@@ -74,6 +75,10 @@ def _format_cases(fmt: Format) -> Iterator[Case]:
     for columns in args.STAGED_COLUMNS:
         for dtype in FLOATS[1:]:
             one = case(f"staged_{dtype.name}_{columns}", _staged, dtype, columns)
+            yield dataclasses.replace(one, optional=True)
+    for columns in args.PAIRED_COLUMNS:
+        for dtype in FLOATS[1:]:
+            one = case(f"paired_{dtype.name}_{columns}", _paired, dtype, columns)
             yield dataclasses.replace(one, optional=True)
     for dtype in FLOATS:
         yield case(f"transposed_{dtype.name}", _transposed, dtype)
@@ -366,20 +371,68 @@ def _staged_launcher(
         session.launch(function, grid, staged, threads, args.staged_shared_bytes(staged, *sizes))
         if partial is None:
             return
-        partial.read()  # looks at its guards
-        sums = args.SumArgs(
-            partial=partial.address,
-            bias=a.bias + 2 * a.row_begin if a.bias else None,
-            out=a.out + 2 * a.row_begin,
-            count=a.m * shape[2],
-            rows=shape[2],
-            n=a.n,
-            splits=staged.splits,
-            dtype=a.dtype,
-        )
-        session.launch(session.kernel(COMMON, "sum_splits"), args.sum_grid(sums), sums)
+        _add_up(session, a, partial, staged.splits)
 
     return launch
+
+
+def _paired_launcher(
+    session: Session,
+    function: int,
+    fmt: Format,
+    columns: int,
+    x_stages: int,
+    weight_stages: int,
+    splits: int,
+    multiprocessors: int,
+) -> Launch:
+    """Fewer stages where shared memory has no room, fewer splits where K has fewer units."""
+    sizes = columns, fmt.block_elems, fmt.block_bytes
+
+    def launch(a: args.LinearArgs) -> None:
+        paired = args.PairedArgs(linear=a, x_stages=x_stages, weight_stages=weight_stages)
+        paired.splits = min(splits, args.ceil_div(a.k, args.paired_unit(fmt.block_elems)))
+        while args.paired_shared_bytes(paired, *sizes) > HOPPER_SHARED_BYTES:
+            if paired.x_stages >= paired.weight_stages:
+                paired.x_stages -= 1
+            else:
+                paired.weight_stages -= 1
+        # What arrange leaves unwritten is NaN, which then must not get into other columns.
+        arranged = session.output((args.arranged_bytes(a.m, a.k, columns) // 2,), np.uint16)
+        order = args.ArrangeArgs(
+            x=a.x, out=arranged.address, m=a.m, k=a.k, columns=columns, block_elems=fmt.block_elems
+        )
+        session.launch(session.kernel(COMMON, "arrange"), args.arrange_grid(order), order)
+        paired.linear.x = None  # so that reading it is a fault
+        paired.arranged = arranged.address
+        shape = paired.splits, a.m, a.row_end - a.row_begin
+        partial = session.output(shape, np.float32) if paired.splits > 1 else None
+        paired.partial = partial.address if partial else None
+        grid = args.paired_grid(paired, columns, multiprocessors)
+        shared_bytes = args.paired_shared_bytes(paired, *sizes)
+        session.launch(function, grid, paired, args.PAIRED_THREADS, shared_bytes)
+        arranged.read()  # looks at its guards
+        if partial is not None:
+            _add_up(session, a, partial, paired.splits)
+
+    return launch
+
+
+def _add_up(session: Session, a: args.LinearArgs, partial: Output, splits: int) -> None:
+    """What is left to do where blocks have shared out K."""
+    partial.read()  # looks at its guards
+    rows = a.row_end - a.row_begin
+    sums = args.SumArgs(
+        partial=partial.address,
+        bias=a.bias + 2 * a.row_begin if a.bias else None,
+        out=a.out + 2 * a.row_begin,
+        count=a.m * rows,
+        rows=rows,
+        n=a.n,
+        splits=splits,
+        dtype=a.dtype,
+    )
+    session.launch(session.kernel(COMMON, "sum_splits"), args.sum_grid(sums), sums)
 
 
 def check_exact(
@@ -481,6 +534,40 @@ def _staged(
         _products(session, rng, shapes, fmt, dtype, launch)
     _nan_row(session, rng, fmt, dtype, start(1, 2, 1))
     _one_hot_tiles(session, rng, fmt, dtype, columns, start(8, 4, 1))
+
+
+def _paired(
+    session: Session,
+    function: int,
+    rng: np.random.Generator,
+    size: int,
+    fmt: Format,
+    dtype: Float,
+    columns: int,
+) -> None:
+    start = functools.partial(_paired_launcher, session, function, fmt, columns)
+    # Several units of K, the last one with a single block where blocks are small.
+    k = 1280 + 32 * (fmt.block_elems == 32)
+    # Rows end in either block of a pair, in a tile's middle or with it. Few multiprocessors make
+    # blocks take several tiles, whose stages follow each other through the rings.
+    for number, (stages, splits, multiprocessors, m, rows) in enumerate((
+        ((2, 2), 1, 2, 1, 288),
+        ((8, 2), 1, 132, columns - 1, 80),
+        ((2, 8), 1, 4, columns, 256),
+        ((3, 3), 1, 2, 2 * columns + 1, 176),
+        ((8, 8), 3, 4, columns + 1, 144),
+        ((2, 2), 3, 2, 2 * columns + 1, 272),
+        ((4, 4), 3, 132, 3, 128),
+    )):  # fmt: skip
+        launch = start(*stages, splits, multiprocessors)
+        shapes = [
+            Shape(rows + 8 * (number % 2), k, m, 0, rows, True, bool(number % 2)),
+            Shape(rows + 23, k, min(m, 41), 16, rows + 16, True, True),
+            *_tile_shapes(fmt, size)[number % 2 :: 2],
+        ]
+        _products(session, rng, shapes, fmt, dtype, launch)
+    _nan_row(session, rng, fmt, dtype, start(2, 2, 1, 2))
+    _one_hot_tiles(session, rng, fmt, dtype, columns, start(4, 4, 1, 132))
 
 
 def _one_hot_tiles(
@@ -681,6 +768,59 @@ def _transposed(
             where = f"m={m} n={n} k={k} packed={packed} split {split} of {splits}"
             session.check_close(partial[split], grad @ rows, bound, where)
         session.release()
+
+
+def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
+    """Elements of two bytes (m, k) as kernels/paired.h wants them, and 0xFFFF past the last column.
+
+    A row for each 8 elements of all columns, which lie side by side there.
+    """
+    m, k = x.shape
+    units, blocks = args.ceil_div(k, args.STAGED_UNIT), args.ceil_div(m, columns)
+    whole = np.zeros((m, units * args.STAGED_UNIT), np.uint16)
+    whole[:, :k] = x
+    # An instruction multiplies a step, four elements, of the segments that four lanes have in a
+    # quarter of a unit; first the first and third of each four, then the others.
+    if block_elems == 256:
+        segments = [[lane // 2 * 8 + lane % 2 + q * 2 for lane in range(4)] for q in range(4)]
+    else:
+        segments = [[q // 2 * 8 + lane * 2 + q % 2 for lane in range(4)] for q in range(4)]
+    parts = whole.reshape(m, units, 16, 4, 2, 2)[:, :, segments]
+    # From (column, unit, quarter, lane, step, pair, half).
+    ordered = parts.transpose(1, 2, 4, 6, 0, 3, 5).reshape(units * 32, m, 8)
+    arranged = np.full((blocks, units * 32, columns, 8), 0xFFFF, np.uint16)
+    for block, part in enumerate(arranged):
+        there = ordered[:, block * columns : (block + 1) * columns]
+        part[:, : there.shape[1]] = there
+    return arranged.reshape(blocks * units * 32, columns * 8)
+
+
+def _arrange(session: Session, function: int, rng: np.random.Generator, size: int) -> None:
+    for columns in args.PAIRED_COLUMNS:
+        for block_elems in (32, 256):
+            for m, k in (
+                (1, 32),
+                (7, 288),
+                (columns - 1, 256),
+                (columns, 1312 * size),
+                (columns + 1, 224),
+                (2 * columns + 17, 1280),
+            ):
+                x = rng.integers(0, 1 << 16, (m, k), dtype=np.uint16)
+                wanted = _arranged(x, columns, block_elems)
+                out = session.output(wanted.shape, np.uint16)
+                a = args.ArrangeArgs(
+                    x=session.upload(x),
+                    out=out.address,
+                    m=m,
+                    k=k,
+                    columns=columns,
+                    block_elems=block_elems,
+                )
+                session.launch(function, args.arrange_grid(a), a)
+                where = f"columns={columns} block_elems={block_elems} m={m} k={k}"
+                session.check_bits(out.read(), wanted, where)
+                session.release()
 
 
 def _sum_splits(session: Session, function: int, rng: np.random.Generator, size: int) -> None:

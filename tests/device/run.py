@@ -4,9 +4,9 @@
     python tests/device/run.py --format q4_k --kernel 'matmul_*'
 
 Prints a line for each kernel: the largest error as a part of what is allowed, and for a kernel that
-is wrong the first place where it is. Those of kernels/staged.h are skipped where the device's code
-has none. Exits with 1 if any is wrong or missing, with 2 if nothing
-could be run. Needs numpy and the driver's library; no toolkit and no torch.
+is wrong the first place where it is. Those of kernels/staged.h and kernels/paired.h are skipped
+where the device's code has none. Exits with 1 if any is wrong or missing, with 2 if nothing could
+be run. Needs numpy and the driver's library; no toolkit and no torch.
 """
 
 from __future__ import annotations

@@ -17,18 +17,21 @@ from weights import all_formats
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "kernels" / "arguments.h"
 
-# A grid function, its structure's type, and whether a number follows: block_elems or columns.
-GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[int, ...]], ...] = (
-    ("dequantize_grid", args.DequantizeArgs, (32, 256)),
-    ("embedding_grid", args.EmbeddingArgs, (32, 256)),
-    ("element_grid", args.LinearArgs, ()),
-    ("rows_grid", args.LinearArgs, (1, 8, 16, 64)),
-    ("transposed_grid", args.TransposedArgs, ()),
-    ("staged_grid", args.StagedArgs, (8, 128)),
-    ("sum_grid", args.SumArgs, ()),
-    ("repack_grid", args.RepackArgs, (32, 256)),
-    ("quantize_grid", args.QuantizeArgs, (32, 256)),
-    ("activation_grid", args.ActivationArgs, ()),
+# A grid function, its structure's type, and what else it takes: block_elems, or columns and of
+# paired_grid multiprocessors, too.
+GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[tuple[int, ...], ...]], ...] = (
+    ("dequantize_grid", args.DequantizeArgs, ((32,), (256,))),
+    ("embedding_grid", args.EmbeddingArgs, ((32,), (256,))),
+    ("element_grid", args.LinearArgs, ((),)),
+    ("rows_grid", args.LinearArgs, ((1,), (8,), (16,), (64,))),
+    ("transposed_grid", args.TransposedArgs, ((),)),
+    ("staged_grid", args.StagedArgs, ((8,), (128,))),
+    ("paired_grid", args.PairedArgs, ((128, 1), (128, 7), (256, 2), (256, 132))),
+    ("arrange_grid", args.ArrangeArgs, ((),)),
+    ("sum_grid", args.SumArgs, ((),)),
+    ("repack_grid", args.RepackArgs, ((32,), (256,))),
+    ("quantize_grid", args.QuantizeArgs, ((32,), (256,))),
+    ("activation_grid", args.ActivationArgs, ((),)),
 )
 # Small ones, odd ones, and ones whose products do not fit 32 bits.
 NUMBERS = (
@@ -100,19 +103,26 @@ def test_constants(tmp_path: Path) -> None:
         *("print(kBlockThreads);", "print(kGroupRows);", "print(kTransposedRows);"),
         *("print(kPanelColumns);", "print(kStagedUnit);", "print(kStagedMostGroups);"),
         *("print(kStagedProducers);", "print(kStagedMostStages);"),
+        *("print(kStagedBarrierBytes);", "print(kStagedSumStride);"),
+        *("print(kPairedRows);", "print(kPairedMostStages);", "print(kPairedThreads);"),
+        *("print(kPairedBarrierBytes);", "print(kPairedStoreBytes);", "print(kArrangeRows);"),
         *("print(kFloat32);", "print(kFloat16);", "print(kBFloat16);"),
         "for (int columns : kMatvecColumns) print(columns);",
         "for (int columns : kMatmulColumns) print(columns);",
         "for (int columns : kStagedColumns) print(columns);",
+        "for (int columns : kPairedColumns) print(columns);",
     ]
     assert run_cpp(statements, tmp_path) == [
         *(args.BLOCK_THREADS, args.GROUP_ROWS, args.TRANSPOSED_ROWS, args.PANEL_COLUMNS),
         *(args.STAGED_UNIT, args.STAGED_MOST_GROUPS, args.STAGED_PRODUCERS),
-        args.STAGED_MOST_STAGES,
+        *(args.STAGED_MOST_STAGES, args.STAGED_BARRIER_BYTES, args.STAGED_SUM_STRIDE),
+        *(args.PAIRED_ROWS, args.PAIRED_MOST_STAGES, args.PAIRED_THREADS),
+        *(args.PAIRED_BARRIER_BYTES, args.PAIRED_STORE_BYTES, args.ARRANGE_ROWS),
         *(args.FLOAT32, args.FLOAT16, args.BFLOAT16),
         *args.MATVEC_COLUMNS,
         *args.MATMUL_COLUMNS,
         *args.STAGED_COLUMNS,
+        *args.PAIRED_COLUMNS,
     ]
 
 
@@ -149,6 +159,48 @@ def test_staged_sizes(tmp_path: Path) -> None:
     assert run_cpp(statements, tmp_path) == wanted
 
 
+def test_paired_sizes(tmp_path: Path) -> None:
+    statements, wanted = [], []
+    for fmt in all_formats().values():
+        sizes = fmt.block_elems, fmt.block_bytes
+        statements.append(f"print(paired_unit({fmt.block_elems}));")
+        statements.append(f"print(paired_weight_bytes({sizes[0]}, {sizes[1]}));")
+        wanted += [args.paired_unit(fmt.block_elems), args.paired_weight_bytes(*sizes)]
+        for columns in args.PAIRED_COLUMNS:
+            for x_stages, weight_stages in ((2, 2), (5, 3), (3, 8)):
+                statements.append(
+                    f"{{ PairedArgs a{{}}; a.x_stages = {x_stages}; "
+                    f"a.weight_stages = {weight_stages}; "
+                    f"print(paired_shared_bytes(a, {columns}, {sizes[0]}, {sizes[1]})); }}"
+                )
+                a = args.PairedArgs(x_stages=x_stages, weight_stages=weight_stages)
+                wanted.append(args.paired_shared_bytes(a, columns, *sizes))
+    assert run_cpp(statements, tmp_path) == wanted
+
+
+def test_paired_counts(tmp_path: Path) -> None:
+    statements, wanted = [], []
+    # Rows that end in the first or the second block of a pair, or that fill both.
+    ends = ({"m": 256, "row_begin": 16, "row_end": end} for end in (32, 144, 160, 272, 288))
+    for columns in args.PAIRED_COLUMNS:
+        statements.append(f"print(paired_x_bytes({columns}));")
+        wanted.append(args.paired_x_bytes(columns))
+        for m, k in ((1, 32), (128, 256), (129, 1312), (1 << 20, 1 << 16)):
+            statements.append(f"print(arranged_bytes({m}, {k}, {columns}));")
+            wanted.append(args.arranged_bytes(m, k, columns))
+    for numbers in (*NUMBERS, *ends):
+        filled = args.PairedArgs()
+        values = fill(filled, numbers)
+        assign = "".join(f"a.{key} = {value}LL; " for key, value in values.items())
+        counts = "".join(f"print(paired_count(a, {columns})); " for columns in args.PAIRED_COLUMNS)
+        statements.append(
+            f"{{ PairedArgs a{{}}; {assign}print(paired_row_pairs(a.linear)); {counts}}}"
+        )
+        wanted.append(args.paired_row_pairs(filled.linear))
+        wanted += [args.paired_count(filled, columns) for columns in args.PAIRED_COLUMNS]
+    assert run_cpp(statements, tmp_path) == wanted
+
+
 def test_grids(tmp_path: Path) -> None:
     statements: list[str] = []
     wanted: list[int] = []
@@ -157,7 +209,7 @@ def test_grids(tmp_path: Path) -> None:
             filled: Any = struct()
             values = fill(filled, numbers)
             assign = "".join(f"a.{key} = {value}LL; " for key, value in values.items())
-            for more in [(number,) for number in extra] or [()]:
+            for more in extra:
                 call = ", ".join(["a", *map(str, more)])
                 statements.append(
                     f"{{ {struct.__name__} a{{}}; {assign}"

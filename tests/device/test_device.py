@@ -39,7 +39,7 @@ def test_code_object(session: Session, code_object: str) -> None:
     check(session, [case for case in select([code_object], []) if not case.optional])
 
 
-@pytest.mark.parametrize("code_object", [*all_formats()])
+@pytest.mark.parametrize("code_object", [COMMON, *all_formats()])
 def test_kernels_that_some_devices_lack(session: Session, code_object: str) -> None:
     results = check(session, [case for case in select([code_object], []) if case.optional])
     if all(result.skipped for result in results):

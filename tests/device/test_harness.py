@@ -153,6 +153,14 @@ class FakeDriver(Driver):
             assert 0 < shared_bytes <= HOPPER_SHARED_BYTES
             assert arguments.groups <= args.STAGED_MOST_GROUPS
             assert 2 <= arguments.stages <= args.STAGED_MOST_STAGES
+        elif name.startswith("paired_"):
+            assert threads == args.PAIRED_THREADS
+            assert 0 < shared_bytes <= HOPPER_SHARED_BYTES
+            assert 2 <= arguments.x_stages <= args.PAIRED_MOST_STAGES
+            assert 2 <= arguments.weight_stages <= args.PAIRED_MOST_STAGES
+            assert grid[0] % 2 == 0
+            unit = args.paired_unit(all_formats()[code_object].block_elems)
+            assert 1 <= arguments.splits <= args.ceil_div(arguments.linear.k, unit)
         else:
             assert (threads, shared_bytes) == (args.BLOCK_THREADS, 0)
         copy = type(arguments).from_buffer_copy(arguments)
@@ -221,15 +229,72 @@ def fake_linear(fmt_name: str, name: str, a: Any) -> None:
 def fake_staged(fmt_name: str, name: str, a: Any) -> None:
     if a.splits == 1:
         return fake_linear(fmt_name, name, a.linear)
+    product = a.linear
+    x = tensor_at(product.x, (product.m, product.k), DTYPES[product.dtype]).double()
+    split_product(fmt_name, a, x, 256)
+
+
+def split_product(fmt_name: str, a: Any, x: Tensor, unit: int) -> None:
+    """Each split's sum. Where x is wider than the weight, the weight's elements there are zero."""
     product, dtype = a.linear, DTYPES[a.linear.dtype]
     rows = slice(product.row_begin, product.row_end)
-    x = tensor_at(product.x, (product.m, product.k), dtype).double()
     w = dense(product, fmt_name).to(dtype).double()[rows]
+    w = torch.nn.functional.pad(w, (0, x.shape[1] - product.k))
     partial = tensor_at(a.partial, (a.splits, product.m, len(w)), torch.float32)
-    units = -(-product.k // 256)
+    units = args.ceil_div(product.k, unit)
     for split in range(a.splits):
-        part = slice(*(units * s // a.splits * 256 for s in (split, split + 1)))
+        part = slice(*(units * s // a.splits * unit for s in (split, split + 1)))
         partial[split] = (x[:, part] @ w[:, part].T).float()
+
+
+def arranged_elements(k: int, block_elems: int) -> Tensor:
+    """Which elements of a column lie where, (units * 32, 8): see ``cases._arranged``."""
+    shape = (args.ceil_div(k, args.STAGED_UNIT), 4, 4, 2, 4, 2)
+    unit, quarter, step, half, lane, pair = np.indices(shape)
+    if block_elems == 256:
+        segment = quarter * 2 + lane % 2 + lane // 2 * 8
+    else:
+        segment = quarter % 2 + lane * 2 + quarter // 2 * 8
+    element = unit * args.STAGED_UNIT + segment * 16 + step * 4 + pair * 2 + half
+    return torch.from_numpy(element.reshape(-1, 8))
+
+
+def arranged_at(address: int, m: int, k: int, columns: int) -> Tensor:
+    """The memory of arranged elements, (columns / C, units * 32, C, 8)."""
+    units, blocks = args.ceil_div(k, args.STAGED_UNIT), args.ceil_div(m, columns)
+    return tensor_at(address, (blocks, units * 32, columns, 8), torch.int16)
+
+
+def fake_arrange(fmt_name: str, name: str, a: Any) -> None:
+    elements = arranged_elements(a.k, a.block_elems)
+    x = torch.nn.functional.pad(
+        tensor_at(a.x, (a.m, a.k), torch.int16), (0, elements.numel() - a.k)
+    )
+    out = arranged_at(a.out, a.m, a.k, a.columns)
+    for block, some in zip(out, x.split(a.columns), strict=True):
+        block[:, : len(some)] = some[:, elements].transpose(0, 1)
+
+
+def fake_paired(fmt_name: str, name: str, a: Any) -> None:
+    """Puts x in order again, with what the last unit holds past K, which is multiplied by zero."""
+    product, dtype = a.linear, DTYPES[a.linear.dtype]
+    block_elems, columns = formats.get(fmt_name).block_elems, int(name.split("_")[-1])
+    elements = arranged_elements(product.k, block_elems)
+    x = torch.empty(product.m, elements.numel(), dtype=torch.int16)
+    arranged = arranged_at(a.arranged, product.m, product.k, columns)
+    for block, some in zip(arranged, x.split(columns), strict=True):
+        some[:, elements.flatten()] = block[:, : len(some)].transpose(0, 1).flatten(1)
+    unit = args.paired_unit(block_elems)
+    x = x[:, : args.ceil_div(product.k, unit) * unit].view(dtype).double()
+    if a.splits > 1:
+        return split_product(fmt_name, a, x, unit)
+    sums = torch.empty(1, product.m, product.row_end - product.row_begin)
+    a.partial = sums.data_ptr()
+    split_product(fmt_name, a, x, unit)
+    rows = slice(product.row_begin, product.row_end)
+    if product.bias:
+        sums += tensor_at(product.bias, (product.n,), dtype)[rows]
+    tensor_at(product.out, (product.m, product.n), dtype)[:, rows] = sums[0].to(dtype)
 
 
 def fake_transposed(fmt_name: str, name: str, a: Any) -> None:
@@ -269,6 +334,8 @@ FAKES: dict[str, Callable[[str, str, Any], None]] = {
     "quantize_activations": fake_activations,
     "sum_splits": fake_sum,
     "staged_*": fake_staged,
+    "arrange": fake_arrange,
+    "paired_*": fake_paired,
     "transposed_*": fake_transposed,
     "*": fake_linear,
 }
@@ -318,8 +385,24 @@ def other_bias(name: str, a: Any) -> bool:
     return False
 
 
+def next_rows_bias(name: str, a: Any) -> bool:
+    a = getattr(a, "linear", a)
+    if a.bias:
+        bias = tensor_at(a.bias, (a.n,), torch.int16)
+        bias.copy_(bias.roll(-1))
+    return False
+
+
 def one_split_less(name: str, a: Any) -> bool:
     a.splits -= a.splits > 1
+    return False
+
+
+def no_last_columns(name: str, a: Any) -> bool:
+    """The last block of columns is left out where there are several."""
+    columns = int(name.split("_")[-1])
+    if a.splits == 1 and a.linear.m > columns:
+        a.linear.m = (a.linear.m - 1) // columns * columns
     return False
 
 
@@ -333,6 +416,13 @@ MISTAKES: list[tuple[str, Callable[[str, Any], bool], str]] = [
     ("staged_f16_64", other_bias, "bias=True: row, column"),
     ("staged_f16_8", one_split_less, "got"),
     ("staged_f16_128", skip, "got nan"),
+    ("paired_bf16_256", swap_rows, "row, column"),
+    ("paired_f16_128", other_bias, "bias=True: row, column"),
+    ("paired_f16_256", next_rows_bias, "bias=True: row, column"),
+    ("paired_bf16_128", one_split_less, "got nan"),
+    ("paired_f16_128", no_last_columns, "row, column 256, 0: got nan"),
+    ("paired_f16_256", no_last_columns, "row, column 512, 0: got nan"),
+    ("paired_bf16_128", skip, "got nan"),
     ("dequantize", skip, "got nan"),
     ("embedding", write_before, "wrote 3 bytes before the output"),
     ("pack", skip, "got 255"),
@@ -349,7 +439,66 @@ def test_mistakes_are_seen(tmp_path: Path, kernel: str, mistake: Any, words: str
     assert str(result).startswith(f"FAIL q4_k      {kernel} ")
 
 
-@pytest.mark.parametrize("kernel", ["matmul_f16_16", "matmul_bf16_64", "staged_f16_32"])
+def swap_elements(name: str, a: Any) -> bool:
+    """The first and the third element of x's first row take each other's place."""
+    fake_arrange("common", name, a)
+    first = arranged_at(a.out, a.m, a.k, a.columns)[0, 0, 0]
+    first[:2] = first[[1, 0]]
+    return True
+
+
+def leave_rest(name: str, a: Any) -> bool:
+    """Nothing is written past K."""
+    fake_arrange("common", name, a)
+    line, place = torch.nonzero(arranged_elements(a.k, a.block_elems) >= a.k, as_tuple=True)
+    arranged_at(a.out, a.m, a.k, a.columns)[:, line, :, place] = -1
+    return True
+
+
+def write_columns_past_m(name: str, a: Any) -> bool:
+    fake_arrange("common", name, a)
+    arranged_at(a.out, a.m, a.k, a.columns)[-1, :, (a.m - 1) % a.columns + 1 :] = 0
+    return True
+
+
+def other_blocks(name: str, a: Any) -> bool:
+    """The order for blocks of the other size."""
+    a.block_elems = 288 - a.block_elems
+    return False
+
+
+# Arrange by itself, and products that read what it leaves.
+ARRANGE_MISTAKES: list[tuple[str, str, Callable[[str, Any], bool], str]] = [
+    ("common", "arrange", swap_elements, "m=1 k=32: row, column 0, 0: got"),
+    ("common", "arrange", leave_rest, "m=1 k=32: row, column 0, 2: got 65535, wanted 0"),
+    ("common", "arrange", write_columns_past_m, "row, column 0, 8: got 0, wanted 65535"),
+    ("common", "arrange", other_blocks, "block_elems=32 m=1 k=32: row, column"),
+    ("common", "arrange", skip, "got 65535"),
+    ("common", "arrange", write_before, "wrote 3 bytes before the output"),
+    ("q4_0", "paired_f16_128", swap_elements, "the whole error must be at most"),
+    ("q4_k", "paired_bf16_256", swap_elements, "the whole error must be at most"),
+    ("q4_0", "paired_bf16_128", leave_rest, "got nan"),
+    ("q4_0", "paired_bf16_256", other_blocks, "row, column"),
+    ("q4_k", "paired_f16_128", other_blocks, "row, column"),
+    ("q4_k", "paired_f16_256", skip, "got nan"),
+    ("q4_k", "paired_f16_256", write_before, "wrote 3 bytes before the output"),
+]
+
+
+@pytest.mark.parametrize(("code_object", "kernel", "mistake", "words"), ARRANGE_MISTAKES)
+def test_mistakes_of_arrange_are_seen(
+    tmp_path: Path, code_object: str, kernel: str, mistake: Any, words: str
+) -> None:
+    session = fake_session(tmp_path, lambda name, a: name == "arrange" and mistake(name, a))
+    (result,) = run.run_all(session, run.select([code_object], [kernel]), 1, 0)
+    assert result.failure is not None
+    assert words in result.failure
+
+
+ONE_HOT_KERNELS = ["matmul_f16_16", "matmul_bf16_64", "staged_f16_32", "paired_bf16_128"]
+
+
+@pytest.mark.parametrize("kernel", ONE_HOT_KERNELS)
 def test_one_wrong_code_is_seen(tmp_path: Path, kernel: str) -> None:
     """One element of one row of a weight, off by one code, in nothing but the one-hot product."""
 
@@ -372,6 +521,13 @@ def test_kernels_that_the_device_lacks_are_skipped(tmp_path: Path) -> None:
     assert [result.skipped for result in results] == [False, True, False, False, False]
     assert not [str(result) for result in results if result.failure is not None]
     assert str(results[1]) == "SKIP q4_0      staged_f16_16         not in the code for this device"
+    session = fake_session(tmp_path, without="paired_*")
+    results = list(run.run_all(session, run.select(["q4_0"], ["paired_*"]), 1, 0))
+    assert [result.skipped for result in results] == [True] * 4
+    session = fake_session(tmp_path, without="arrange")
+    results = list(run.run_all(session, run.select([], ["arrange", "paired_f16_128"]), 1, 0))
+    assert results[0].skipped
+    assert {result.failure for result in results[1:]} == {"arrange: must be there, got none"}
     session = fake_session(tmp_path, without="matmul_*")
     (result,) = run.run_all(session, run.select(["q4_0"], ["matmul_f16_16"]), 1, 0)
     assert (result.skipped, result.failure) == (

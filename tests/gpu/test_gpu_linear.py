@@ -28,7 +28,7 @@ from torch_q4 import formats
 pytestmark = pytest.mark.gpu
 
 ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 64, 129, 512)
-KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "staged", "blas")
+KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "staged", "paired", "blas")
 
 
 def kernels_here(dtype: torch.dtype, packed: bool) -> list[str]:
@@ -117,24 +117,28 @@ def test_all_kernels_are_tested() -> None:
     capability = torch.cuda.get_device_capability()
     built = "sm_90a" in str(ops.gpu_table())
     if torch.version.cuda and capability == (9, 0) and built:
-        assert "staged" in kernels_here(torch.float16, True)
+        assert {"staged", "paired"} <= set(kernels_here(torch.float16, True))
 
 
 @gpu_only
-def test_staged(fmt, dtype) -> None:
-    """As in test_each_kernel, with K split and not, groups of every size, and the same twice."""
-    if "staged" not in kernels_here(dtype, True):
+@pytest.mark.parametrize(
+    ("kernel", "rows"),
+    [("staged", (1, 7, 8, 9, 33, 64, 65, 128, 200)), ("paired", (1, 127, 128, 129, 257, 600))],
+)
+def test_kernels_for_hopper(fmt, dtype, kernel, rows) -> None:
+    """As in test_each_kernel, with K split and not, blocks of every size, and the same twice."""
+    if kernel not in kernels_here(dtype, True):
         pytest.skip("for other dtypes or devices")
     small = fmt.block_elems == 32
     for n, k in ((37, 1280 + 32 * small), (2073, 1280 + 32 * small), (8455, 768 - 32 * small)):
         _, packed, w = weight(fmt, n, k)
         dense = w.to(dtype)
-        for m in (1, 7, 8, 9, 33, 64, 65, 128, 200):
+        for m in rows:
             x = randn(several(m), k, dtype=dtype)
             bias = randn(n, dtype=dtype) if m % 2 else None
 
             def product(x, packed=packed, bias=bias):
-                return ops._linear_with(x, packed, fmt.type_id, bias, "exact", True, "staged")
+                return ops._linear_with(x, packed, fmt.type_id, bias, "exact", True, kernel)
 
             y = by_rows(product, x, m)
             assert y.dtype == dtype
@@ -186,10 +190,10 @@ def test_internal_operator_refuses() -> None:
         data, compute, packed, kernel = arguments
         with pytest.raises(RuntimeError, match=f"_linear_with: {words}"):
             ops._linear_with(data, blocks, fmt.type_id, None, compute, packed, kernel)
-    if "staged" not in kernels_here(torch.float16, packed=True):
-        words = "the GPU must be sm_90, with kernels built for sm_90a, for staged, got"
+    for kernel in {"staged", "paired"} - set(kernels_here(torch.float16, packed=True)):
+        words = f"the GPU must be sm_90, with kernels built for sm_90a, for {kernel}, got"
         with pytest.raises(RuntimeError, match=f"_linear_with: {words}"):
-            ops._linear_with(x.half(), blocks, fmt.type_id, None, "exact", True, "staged")
+            ops._linear_with(x.half(), blocks, fmt.type_id, None, "exact", True, kernel)
 
 
 @gpu_only
@@ -199,6 +203,7 @@ def test_internal_operator_refuses() -> None:
         ("matvec", 65535 * 8 + 100),
         ("matmul_16", 65535 * 16 + 100),
         ("staged", 65535 * 128 + 100),
+        ("paired", (256 << 20) // 512 + 300),  # of which it arranges so many at a time
         ("element", 65536 * 9),
     ],
 )

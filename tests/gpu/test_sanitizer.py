@@ -23,7 +23,9 @@ KERNELS = (
     ("dequantize", "embedding", "*pack", "quantize"),
     ("element_f32", "matvec_f32_1", "matvec_bf16_4", "matvec_int8_8"),
     ("matmul_f16_16", "matmul_bf16_64", "transposed_f16"),
-    ("staged_f16_8", "staged_bf16_32", "staged_f16_64"),  # where the device has them
+    # Where the device has them:
+    ("staged_f16_8", "staged_bf16_32", "staged_f16_64"),
+    ("paired_f16_128", "paired_bf16_256"),
 )
 
 
@@ -58,7 +60,7 @@ def _sanitizer_works_here() -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels[0])
 def test_no_errors(tool: str, kernels: tuple[str, ...]) -> None:
-    if tool == "racecheck" and kernels[0].startswith("staged"):
+    if tool == "racecheck" and kernels[0].startswith(("staged", "paired")):
         pytest.skip(
             "racecheck takes a bulk copy for a write of the thread that starts it, and does not "
             "see that a barrier in shared memory counts the bytes"

@@ -36,6 +36,11 @@ static_assert(kOneWave.groups == 7 && kOneWave.splits == 1);
 constexpr StagedPlan kSplit = staged_plan(1, 4096, 4096, 32, kQ4Bytes, 132, 232448);
 static_assert(kSplit.groups == 8 && kSplit.splits == 4);
 
+constexpr PairedPlan kPrompt = paired_plan(512, 14336, 4096, 32, kQ4Bytes, 132, 232448);
+static_assert(kPairedColumns[kPrompt.width] == 256 && kPrompt.splits == 1);
+constexpr PairedPlan kSmallPrompt = paired_plan(512, 4096, 4096, 32, kQ4Bytes, 132, 232448);
+static_assert(kPairedColumns[kSmallPrompt.width] == 128 && kSmallPrompt.splits == 1);
+
 void* const kStream = reinterpret_cast<void*>(0x1234);
 
 }  // namespace
@@ -73,6 +78,18 @@ const char* launch_staged(int width, int device, const StagedArgs* args) {
   });
 }
 
+// paired_T_C of the first format, which waits for the kernel before it by itself.
+const char* launch_paired(int width, int device, const PairedArgs* args) {
+  return text_of([&] {
+    const int columns = kPairedColumns[width];
+    const int bytes = paired_shared_bytes(*args, columns, 32, kQ4Bytes);
+    launch("linear", CodeObject(0), paired_kernel(args->linear.dtype, width), device, kStream,
+           paired_grid(*args, columns, 132), *args,
+           {kPairedThreads, static_cast<unsigned>(bytes), /*overlaps=*/true});
+    return "";
+  });
+}
+
 int threads_of_staged(int width) { return staged_threads(kStagedColumns[width]); }
 int bytes_of_staged(int width, const StagedArgs* args) {
   return staged_shared_bytes(*args, kStagedColumns[width], 32, kQ4Bytes);
@@ -94,6 +111,30 @@ void plan_of_staged(int64_t m, int64_t n, int64_t k, int block_elems, int block_
   const int bytes = staged_shared_bytes(args, columns, block_elems, block_bytes);
   const int64_t all[] = {columns, found.groups, found.stages, found.splits, bytes, grid.x, grid.y};
   for (int i = 0; i < 7; ++i) plan[i] = all[i];
+}
+
+// To `plan`: columns, stages of x, stages of the weights, splits, bytes of shared memory, blocks.
+void plan_of_paired(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
+                    int multiprocessors, int shared_bytes, int64_t* plan) {
+  const PairedPlan found =
+      paired_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
+  const int columns = kPairedColumns[found.width];
+  PairedArgs args = {};
+  args.linear.m = m;
+  args.linear.row_end = n / 16 * 16;
+  args.x_stages = found.x_stages;
+  args.weight_stages = found.weight_stages;
+  args.splits = found.splits;
+  const Grid grid = paired_grid(args, columns, multiprocessors);
+  const int bytes = paired_shared_bytes(args, columns, block_elems, block_bytes);
+  const int64_t all[] = {columns, found.x_stages, found.weight_stages, found.splits, bytes, grid.x};
+  for (int i = 0; i < 6; ++i) plan[i] = all[i];
+}
+int paired_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems) {
+  return paired_beats_blas({kFloat16, false, true, m, n, k, Family::kHopper, block_elems, 132});
+}
+int bytes_of_paired(int width, const PairedArgs* args) {
+  return paired_shared_bytes(*args, kPairedColumns[width], 32, kQ4Bytes);
 }
 
 const char* find_in(int object, int kernel, int device) {
@@ -146,7 +187,7 @@ int family_of(int device) { return static_cast<int>(device_info("linear", device
 // The number of the LinearKernel.
 int choose(int dtype, int int8, int packed, int64_t m, int64_t n, int family) {
   return static_cast<int>(
-      choose_linear({DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family)}));
+      choose_linear({DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family), 32, 132}));
 }
 
 // Of a weight in the format of number `format`, (n, 4096), packed.
@@ -166,7 +207,7 @@ const char* plan_of(int64_t device, int format, int dtype, int packed, int64_t n
 // As `choose`, by the plans.
 int planned(int device, int format, int dtype, int int8, int packed, int64_t m, int64_t n,
             int family) {
-  const LinearCase c = {DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family)};
+  const LinearCase c = {DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family), 32, 132};
   return static_cast<int>(planned_linear(device, format, c));
 }
 
@@ -202,7 +243,7 @@ int choose_while_setting(int threads) {
     all.emplace_back([&] {
       while (!done) {
         for (int64_t n = 1; n <= 51; ++n) {
-          const LinearCase c = {kFloat16, false, true, 4, n, 4096, Family::kNvidia};
+          const LinearCase c = {kFloat16, false, true, 4, n, 4096, Family::kNvidia, 32, 132};
           const LinearKernel kernel = planned_linear(0, 0, c);
           const bool planned = kernel == LinearKernel::kMatmul64 || kernel == LinearKernel::kBlas;
           if (kernel != choose_linear(c) && !(planned && n <= 50)) ++wrong;

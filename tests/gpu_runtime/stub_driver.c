@@ -21,6 +21,7 @@ struct {
   int shared_allowed;  // the last attribute's value
   char image[64], kernel[64];
   unsigned grid[3], block[3], shared;
+  int overlaps;  // whether the last launch may begin before the one before it has ended
   void* stream;
   unsigned char args[256];
   int args_bytes;
@@ -63,7 +64,7 @@ static int get_function(void** function, void* module, const char* name) {
 
 static int launch(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
-                  void* stream, void** params, void** extra) {
+                  void* stream, void** params, void** extra, int overlaps) {
   if (stub.fail_launch || extra) return stub.fail_launch;
   pthread_mutex_lock(&lock);
   ++stub.launches;
@@ -73,6 +74,7 @@ static int launch(void* function, unsigned grid_x, unsigned grid_y, unsigned gri
   stub.grid[0] = grid_x, stub.grid[1] = grid_y, stub.grid[2] = grid_z;
   stub.block[0] = block_x, stub.block[1] = block_y, stub.block[2] = block_z;
   stub.shared = shared;
+  stub.overlaps = overlaps;
   stub.stream = stream;
   memcpy(stub.args, params[0], stub.args_bytes);
   pthread_mutex_unlock(&lock);
@@ -99,7 +101,7 @@ int hipModuleGetFunction(void** function, void* module, const char* name) {
 int hipModuleLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                           unsigned by, unsigned bz, unsigned shared, void* stream, void** params,
                           void** extra) {
-  return launch(function, gx, gy, gz, bx, by, bz, shared, stream, params, extra);
+  return launch(function, gx, gy, gz, bx, by, bz, shared, stream, params, extra, 0);
 }
 int hipThreadExchangeStreamCaptureMode(int* mode) { return exchange_capture_mode(mode); }
 int hipDeviceGetAttribute(int* value, int attribute, int device) {
@@ -134,8 +136,35 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                    unsigned bz, unsigned shared, void* stream, void** params, void** extra) {
   if (!context) return 201;  // CUDA_ERROR_INVALID_CONTEXT
-  return launch(function, gx, gy, gz, bx, by, bz, shared, stream, params, extra);
+  return launch(function, gx, gy, gz, bx, by, bz, shared, stream, params, extra, 0);
 }
+#ifndef STUB_WITHOUT_ATTRIBUTES
+// CUlaunchAttribute and CUlaunchConfig.
+typedef struct {
+  int id, padding;
+  union {
+    char bytes[64];
+    int overlaps;
+  } value;
+} Attribute;
+typedef struct {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+} Config;
+int cuLaunchKernelEx(const Config* config, void* function, void** params, void** extra) {
+  if (!context) return 201;
+  int overlaps = 0;
+  for (unsigned i = 0; i < config->count; ++i) {
+    if (config->attributes[i].id != 6) return 1;  // PROGRAMMATIC_STREAM_SERIALIZATION
+    overlaps = config->attributes[i].value.overlaps;
+  }
+  const unsigned *grid = config->grid, *block = config->block;
+  return launch(function, grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared,
+                config->stream, params, extra, overlaps);
+}
+#endif
 int cuThreadExchangeStreamCaptureMode(int* mode) { return exchange_capture_mode(mode); }
 int cuDeviceGet(int* handle, int device) {
   *handle = device + 100;
