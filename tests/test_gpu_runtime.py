@@ -166,7 +166,7 @@ def open_runtime(folder: Path) -> Any:
                  "name_of_choice", "launch_staged", "launch_paired", "check_runs_on"):  # fmt: skip
         getattr(library, name).restype = ctypes.c_char_p
     library.choose.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int]
-    library.paired_is_quicker.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
+    library.paired_is_quicker.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
     for name in ("plan_of_staged", "plan_of_paired"):
         getattr(library, name).argtypes = (
             [ctypes.c_int64] * 3 + [ctypes.c_int] * 4 + [ctypes.POINTER(ctypes.c_int64)]
@@ -544,10 +544,11 @@ def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
 @pytest.mark.parametrize(
     ("number", "int8", "packed", "n", "by_rows"),
     [
-        (F16, 0, 1, 4096, {1: MATMUL_16, 8: MATMUL_16, 9: STAGED, 256: STAGED, 512: PAIRED}),
+        (F16, 0, 1, 4096, {1: MATMUL_16, 16: MATMUL_16, 17: STAGED, 256: STAGED, 512: PAIRED}),
         (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 64: STAGED, 65: PAIRED}),
         (BF16, 1, 1, 14336, {1: STAGED, 16: STAGED, 64: STAGED, 65: PAIRED, 2048: PAIRED}),
-        (BF16, 0, 1, 14336, {4096: PAIRED, 16384: BLAS}),
+        (F16, 0, 1, 5120, {5: STAGED, 128: STAGED, 129: PAIRED}),
+        (BF16, 0, 1, 14336, {2048: PAIRED, 2049: BLAS, 16384: BLAS}),
         (F16, 0, 0, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
         (BF16, 1, 0, 4096, {8: MATVEC_INT8, 9: BLAS}),
         (F32, 0, 1, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
@@ -889,22 +890,23 @@ def test_paired_plans(hip) -> None:
     assert plan(1, 16, 256) == (128, 1), "too little of K to share out"
 
 
-def test_where_paired_is_quicker_than_blas(hip) -> None:
+def test_where_paired_is_quicker_than_blas(hip, fmt) -> None:
     """As on an H100, where one of them took at least a twentieth less."""
 
-    def rows(n: int, k: int, block_elems: int) -> list[int]:
-        quicker = hip.library.paired_is_quicker
-        return [m for m in (256, 512, 1024, 2048) if quicker(m, n, k, block_elems)]
+    def rows(n: int, k: int) -> list[int]:
+        quicker, sizes = hip.library.paired_is_quicker, (fmt.block_elems, fmt.block_bytes)
+        return [m for m in (256, 512, 1024, 2048) if quicker(m, n, k, *sizes)]
 
-    for block_elems in (32, 256):
-        assert rows(14336, 4096, block_elems) == [256, 512, 1024, 2048]
-        assert rows(8192, 8192, block_elems) == [256, 512, 1024, 2048]
-        assert {256, 512, 1024} <= set(rows(28672, 4096, block_elems))
-        assert {256, 512, 1024} <= set(rows(4096, 14336, block_elems))
-        assert {512, 1024} <= set(rows(4096, 4096, block_elems))
-        assert 256 in rows(5120, 5120, block_elems)
-        assert 1024 not in rows(5120, 5120, block_elems), "a tenth of the GPU in the second round"
-        assert rows(2048, 2048, block_elems) == rows(1024, 4096, block_elems) == []
+    assert rows(14336, 4096) == [256, 512, 1024, 2048]
+    assert {256, 512, 1024} <= set(rows(8192, 8192))
+    assert {256, 512, 1024} <= set(rows(28672, 4096))
+    assert {256, 512, 1024} <= set(rows(4096, 14336))
+    assert {512, 1024} <= set(rows(4096, 4096))
+    assert 256 in rows(5120, 5120)
+    assert 1024 not in rows(5120, 5120), "14 of 66 pairs of blocks in the second round"
+    assert rows(2048, 2048) == rows(1024, 4096) == []
+    if fmt.name in ("q5_k", "q6_k"):
+        assert 2048 not in rows(4096, 4096) + rows(4096, 14336)
 
 
 @pytest.mark.parametrize(

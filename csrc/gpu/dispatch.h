@@ -26,7 +26,7 @@ struct LinearCase {
   bool packed;
   int64_t m, n, k;
   Family family;
-  int block_elems;
+  int block_elems, block_bytes;
   int multiprocessors;
 };
 
@@ -84,11 +84,15 @@ struct PairedCut {
 
 // The quickest way to cut the product up. Blocks are as many as multiprocessors, and those of the
 // last round, which need not be all of them, take as long as the others.
-constexpr PairedCut paired_cut(int64_t m, int64_t n, int64_t k, int block_elems,
+constexpr PairedCut paired_cut(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
                                int multiprocessors) {
   constexpr int64_t kMostSplits = 8;
-  const bool large = block_elems == 256;  // their scales take longer to decode
-  const int64_t step_times[kPairedWidths] = {large ? 1100 : 900, large ? 1520 : 1480};
+  // Of 128 elements of K, by what decoding takes: scales of K-quants, codes of more than four bits.
+  const bool large = block_elems == 256, wide = block_bytes * 8 > 5 * block_elems;
+  const int64_t step_times[kPairedWidths] = {
+      large ? (wide ? 1120 : 1010) : (wide ? 960 : 880),
+      large ? (wide ? 1610 : 1480) : (wide ? 1490 : 1420),
+  };
   const int64_t steps = (k + 127) / 128;
   const int64_t places = multiprocessors < 2 ? 1 : multiprocessors / 2;
   PairedCut best = {0, 1, kAnyNumber};
@@ -117,7 +121,7 @@ constexpr int64_t blas_time(int64_t m, int64_t n, int64_t k, int block_elems) {
 }
 
 constexpr bool paired_beats_blas(const LinearCase& c) {
-  return paired_cut(c.m, c.n, c.k, c.block_elems, c.multiprocessors).time <
+  return paired_cut(c.m, c.n, c.k, c.block_elems, c.block_bytes, c.multiprocessors).time <
          blas_time(c.m, c.n, c.k, c.block_elems);
 }
 
@@ -142,7 +146,7 @@ constexpr LinearRule kNvidiaRules[] = {
 // Measured on an H100, too.
 constexpr LinearRule kHopperRules[] = {
     // Of a small weight each block has little: what starts quickest wins.
-    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 8,
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 16,
      LinearKernel::kMatmul16, /*most_n=*/4096, /*most_k=*/4096},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 4,
      LinearKernel::kMatmul16, /*most_n=*/8192, /*most_k=*/8192},
@@ -150,7 +154,10 @@ constexpr LinearRule kHopperRules[] = {
      LinearKernel::kStaged},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,
      LinearKernel::kStaged, /*most_n=*/4096, /*most_k=*/4096},
-    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, kAnyNumber,
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 128,
+     LinearKernel::kStaged, /*most_n=*/5120, /*most_k=*/5120},
+    // From 4096 rows on dequantising costs no more than arranging them does.
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 2048,
      LinearKernel::kPaired, kAnyNumber, kAnyNumber, paired_beats_blas},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
      LinearKernel::kMatvecInt8},
@@ -301,7 +308,7 @@ constexpr PairedPlan with_stages(PairedPlan plan, int block_elems, int block_byt
 
 constexpr PairedPlan paired_plan(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
                                  int multiprocessors, int shared_bytes) {
-  const PairedCut cut = paired_cut(m, n, k, block_elems, multiprocessors);
+  const PairedCut cut = paired_cut(m, n, k, block_elems, block_bytes, multiprocessors);
   return with_stages({cut.width, 0, 0, cut.splits}, block_elems, block_bytes, shared_bytes);
 }
 

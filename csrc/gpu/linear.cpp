@@ -278,7 +278,8 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
       given ? *given
             : planned_linear(call.device, format.index,
                              {args.dtype, int8, packed, args.m, args.n, args.k, call.info().family,
-                              static_cast<int>(format.block_elems), call.info().multiprocessors});
+                              static_cast<int>(format.block_elems),
+                              static_cast<int>(format.block_bytes), call.info().multiprocessors});
   const Tensor source = aligned(x), weight = aligned(blocks);
   if (kernel == LinearKernel::kBlas) {
     return linear_by_blas(call, source, weight, bias, packed, std::move(shape));

@@ -40,9 +40,17 @@ std::string choice(int64_t device, int64_t format, ScalarType dtype, bool packed
   const PlanKey key = key_of(op, format, dtype, packed, n, k);
   const int index = static_cast<int>(device);
   const DeviceInfo& info = device_info(op, index);
-  const auto block_elems = static_cast<int>(check_format(op, format).block_elems);
-  const LinearCase c = {key.dtype,   /*int8=*/false,      packed, m, n, k, info.family,
-                        block_elems, info.multiprocessors};
+  const FormatInfo of_format = check_format(op, format);
+  const LinearCase c = {key.dtype,
+                        /*int8=*/false,
+                        packed,
+                        m,
+                        n,
+                        k,
+                        info.family,
+                        static_cast<int>(of_format.block_elems),
+                        static_cast<int>(of_format.block_bytes),
+                        info.multiprocessors};
   return linear_kernel_name(by_table ? choose_linear(c) : planned_linear(index, key.format, c));
 }
 

@@ -130,8 +130,9 @@ void plan_of_paired(int64_t m, int64_t n, int64_t k, int block_elems, int block_
   const int64_t all[] = {columns, found.x_stages, found.weight_stages, found.splits, bytes, grid.x};
   for (int i = 0; i < 6; ++i) plan[i] = all[i];
 }
-int paired_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems) {
-  return paired_beats_blas({kFloat16, false, true, m, n, k, Family::kHopper, block_elems, 132});
+int paired_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes) {
+  return paired_beats_blas(
+      {kFloat16, false, true, m, n, k, Family::kHopper, block_elems, block_bytes, 132});
 }
 int bytes_of_paired(int width, const PairedArgs* args) {
   return paired_shared_bytes(*args, kPairedColumns[width], 32, kQ4Bytes);
@@ -186,8 +187,8 @@ int family_of(int device) { return static_cast<int>(device_info("linear", device
 
 // The number of the LinearKernel.
 int choose(int dtype, int int8, int packed, int64_t m, int64_t n, int family) {
-  return static_cast<int>(
-      choose_linear({DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family), 32, 132}));
+  return static_cast<int>(choose_linear(
+      {DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family), 32, kQ4Bytes, 132}));
 }
 
 // Of a weight in the format of number `format`, (n, 4096), packed.
@@ -207,7 +208,8 @@ const char* plan_of(int64_t device, int format, int dtype, int packed, int64_t n
 // As `choose`, by the plans.
 int planned(int device, int format, int dtype, int int8, int packed, int64_t m, int64_t n,
             int family) {
-  const LinearCase c = {DType(dtype), int8 != 0, packed != 0, m, n, 4096, Family(family), 32, 132};
+  const LinearCase c = {DType(dtype), int8 != 0,      packed != 0, m,        n,
+                        4096,         Family(family), 32,          kQ4Bytes, 132};
   return static_cast<int>(planned_linear(device, format, c));
 }
 
@@ -243,7 +245,8 @@ int choose_while_setting(int threads) {
     all.emplace_back([&] {
       while (!done) {
         for (int64_t n = 1; n <= 51; ++n) {
-          const LinearCase c = {kFloat16, false, true, 4, n, 4096, Family::kNvidia, 32, 132};
+          const LinearCase c = {kFloat16, false,           true, 4,        n,
+                                4096,     Family::kNvidia, 32,   kQ4Bytes, 132};
           const LinearKernel kernel = planned_linear(0, 0, c);
           const bool planned = kernel == LinearKernel::kMatmul64 || kernel == LinearKernel::kBlas;
           if (kernel != choose_linear(c) && !(planned && n <= 50)) ++wrong;
