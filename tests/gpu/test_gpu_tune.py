@@ -137,13 +137,20 @@ def test_tuning(dtype, folder) -> None:
 
 
 def test_times_are_of_the_device() -> None:
-    """A hundred times the weight takes longer, and so do 64 times the rows where K is large."""
+    """A hundred times the weight takes longer, and so do 64 times the rows where K is large.
+
+    Other processes of the suite may have the GPU meanwhile: one of three tries has to show it.
+    """
     n, k = 14336, 4096
-    small = torch_q4.tune(N, K, FMT, rows=(8,), save=False).microseconds
-    large = torch_q4.tune(n, k, FMT, rows=(8, 512), save=False).microseconds
-    for kernel, times in large.items():
-        assert times[8] > 1.5 * small[kernel][8], kernel
-    assert large["matvec"][512] > 8 * large["matvec"][8]
+    for _ in range(3):
+        small = torch_q4.tune(N, K, FMT, rows=(8,), save=False).microseconds
+        large = torch_q4.tune(n, k, FMT, rows=(8, 512), save=False).microseconds
+        ratios = {kernel: times[8] / small[kernel][8] for kernel, times in large.items()}
+        by_rows = large["matvec"][512] / large["matvec"][8]
+        if min(ratios.values()) > 1.5 and by_rows > 8:
+            break
+    else:
+        pytest.fail(f"larger weights take {ratios} times as long, 64 times the rows {by_rows}")
     index = torch.cuda.current_device()
     ops._set_linear_plan(index, FMT.type_id, torch.float16, True, n, k, "")
 
