@@ -73,9 +73,10 @@ constexpr bool takes_family(const LinearKernelInfo& kernel, Family family) {
   return !kernel.hopper_only || family == Family::kHopper;
 }
 
-// What paired_T_C and torch's own product should take, in nanoseconds: fitted, to within a tenth or
-// so, to what they did take on an H100 for weights of 1024 x 4096 to 28672 x 4096 and 128 to 2048
-// rows of x.
+// What paired_T_C and torch's own product should take, in nanoseconds: fitted to what they did take
+// on an H100 for weights of 1024 x 4096 to 28672 x 4096 and 128 to 2048 rows of x, most of it
+// within a tenth. Of weights of 2048 x 2048 and less it only says rightly that torch's is the
+// quicker.
 struct PairedCut {
   int width;  // a position in kPairedColumns
   int32_t splits;
