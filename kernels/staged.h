@@ -128,20 +128,16 @@ struct StagedProduct {
   using Tile = GroupTile<T, kColumns>;
   static constexpr int kUnit = gpu::kStagedUnit;
   static constexpr int kKLanes = 4;
-  static constexpr int kUnitParts = kUnit / kPartElems<Format>;
-  static constexpr int kStepSegments = kPartSegments<Format>;
   static constexpr int kUnitBlocks = kUnit / Format::kBlockElems;
   static constexpr int kBlockBytes = kTileRows * static_cast<int>(sizeof(typename Format::Block));
   static constexpr int kUnitBytes = kUnitBlocks * kBlockBytes;
-  static constexpr int kBlockPitch =
-      gpu::staged_block_bytes(Format::kBlockElems, sizeof(typename Format::Block));
   static constexpr int kWeightBytes =
       gpu::staged_weight_bytes(Format::kBlockElems, sizeof(typename Format::Block));
   static constexpr int kTilePitch = gpu::staged_tile_bytes(kColumns);
   static constexpr int kXBytes = gpu::staged_x_bytes(kColumns);
   static constexpr int kShare = gpu::staged_share(kColumns);
   static constexpr int kConsumers = kWaveLanes * gpu::kStagedMostGroups * kShare;
-  static_assert(kUnitParts / kKLanes * kStepSegments == 4);
+  static_assert(kUnit / kPartElems<Format> / kKLanes * kPartSegments<Format> == 4);
 
   const gpu::StagedArgs& args;
   const gpu::LinearArgs& a;
@@ -186,19 +182,13 @@ struct StagedProduct {
     __syncthreads();
   }
 
-  // Whether K fills the unit; it does for blocks as large as a unit.
-  TORCH_Q4_DEVICE bool is_whole(int unit) const {
-    return kBlockParts<Format> > 1 || (unit + 1) * kUnit <= static_cast<int>(a.k);
-  }
   TORCH_Q4_DEVICE int elements_of(int unit) const {
-    return is_whole(unit) ? kUnit : static_cast<int>(a.k) - unit * kUnit;
+    // K fills the last unit, too, where blocks are as large.
+    const bool is_whole = kBlockParts<Format> > 1 || (unit + 1) * kUnit <= static_cast<int>(a.k);
+    return is_whole ? kUnit : static_cast<int>(a.k) - unit * kUnit;
   }
   TORCH_Q4_DEVICE bool has_rows(int group) const {
     return group < args.groups && first_row + group * kTileRows < a.row_end;
-  }
-
-  TORCH_Q4_DEVICE static int segment_of(int k_lane, int quarter) {
-    return staged_segment(Format::kBlockElems, k_lane, quarter);
   }
 
   // ---- producers
@@ -219,8 +209,12 @@ struct StagedProduct {
       column = thread / 16 + index * (gpu::kStagedProducers / 16);
     }
     // The first k_lane's; the others' are further(k_lane) elements on.
-    TORCH_Q4_DEVICE int element() const { return 16 * segment_of(0, quarter) + 4 * step; }
-    TORCH_Q4_DEVICE static int further(int k_lane) { return 16 * segment_of(k_lane, 0); }
+    TORCH_Q4_DEVICE int element() const {
+      return 16 * staged_segment(Format::kBlockElems, 0, quarter) + 4 * step;
+    }
+    TORCH_Q4_DEVICE static int further(int k_lane) {
+      return 16 * staged_segment(Format::kBlockElems, k_lane, 0);
+    }
   };
 
   TORCH_Q4_DEVICE void load_x(int unit, LoadedX& loaded) const {

@@ -547,6 +547,8 @@ def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
         (F16, 0, 1, 4096, {1: MATMUL_16, 16: MATMUL_16, 17: STAGED, 256: STAGED, 512: PAIRED}),
         (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 64: STAGED, 65: PAIRED}),
         (BF16, 1, 1, 14336, {1: STAGED, 16: STAGED, 64: STAGED, 65: PAIRED, 2048: PAIRED}),
+        (F16, 0, 1, 4096, {257: BLAS, 384: PAIRED, 1024: PAIRED}),
+        (F16, 0, 1, 1024, {256: STAGED, 257: BLAS, 512: BLAS, 2048: BLAS}),
         (F16, 0, 1, 5120, {5: STAGED, 128: STAGED, 129: PAIRED}),
         (BF16, 0, 1, 14336, {2048: PAIRED, 2049: BLAS, 16384: BLAS}),
         (F16, 0, 0, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
@@ -887,6 +889,7 @@ def test_paired_plans(hip) -> None:
         assert plan(512, 4096, 4096, fmt) == (128, 1)
         assert plan(2048, 4096, 4096, fmt) == (256, 1)
         assert plan(128, 4096, 14336, fmt) == (128, 4)
+    assert plan(256, 66 * 256, 4096) == (256, 1), "one round that is just full"
     assert plan(1, 16, 256) == (128, 1), "too little of K to share out"
 
 
@@ -905,6 +908,7 @@ def test_where_paired_is_quicker_than_blas(hip, fmt) -> None:
     assert 256 in rows(5120, 5120)
     assert 1024 not in rows(5120, 5120), "14 of 66 pairs of blocks in the second round"
     assert rows(2048, 2048) == rows(1024, 4096) == []
+    assert rows(15, 8192) == [], "no whole group of rows: matvec would have to do it all"
     if fmt.name in ("q5_k", "q6_k"):
         assert 2048 not in rows(4096, 4096) + rows(4096, 14336)
 
