@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import random_blocks
@@ -35,3 +38,32 @@ def test_index_out_of_range(fmt, wrong) -> None:
         RuntimeError, match=rf"embedding: indices must be in \[0, 20\), got {wrong}"
     ):
         torch_q4.embedding(torch.tensor([3, wrong]), blocks, fmt)
+
+
+def test_indices_that_another_thread_changes_are_not_followed() -> None:
+    """Each index is read once: what is checked is what is used. Else a process would crash."""
+    code = """
+import threading, torch, torch_q4
+blocks = torch_q4.quantize(torch.randn(64, 256), "q4_0")
+indices = torch.zeros(4096, dtype=torch.int64)
+done = False
+def disturb():
+    while not done:
+        indices.fill_(1 << 40)
+        indices.fill_(3)
+thread = threading.Thread(target=disturb)
+thread.start()
+refused = 0
+for _ in range(3000):
+    try:
+        torch_q4.embedding(indices, blocks, "q4_0")
+    except RuntimeError as error:
+        assert "indices must be in [0, 64), got 1099511627776" in str(error), error
+        refused += 1
+done = True
+thread.join()
+print("refused", refused)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
+    assert result.stdout.startswith("refused")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -160,3 +163,29 @@ def test_matmul_q4_0(args, words) -> None:
 def test_format_columns_errors_name_the_format() -> None:
     with pytest.raises(ValueError, match="q4_k: columns must be a multiple of 256, got 64"):
         formats.get("q4_k").row_bytes(64)
+
+
+def test_out_of_memory_says_how_much() -> None:
+    """Not in which line of which header of torch's the allocation failed."""
+    code = """
+import resource, torch, torch_q4
+blocks = torch_q4.quantize(torch.randn(64, 256), "q4_0")
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+for call in (
+    lambda: torch_q4.linear(torch.zeros(1, 256).expand(1 << 25, 256), blocks, "q4_0"),
+    lambda: torch_q4.dequantize(blocks[:1].expand(1 << 28, 144), "q4_0"),
+    lambda: torch_q4.embedding(torch.zeros(1, dtype=torch.int64).expand(1 << 28), blocks, "q4_0"),
+    lambda: torch.ops.torch_q4.quantize(torch.zeros(1, 256).expand(1 << 28, 256), 2),
+    lambda: torch_q4.embedding(torch.zeros(1, dtype=torch.int32).expand(1 << 60), blocks, "q4_0"),
+):
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 5, result.stderr[-2000:]
+    words = r"out of memory: torch_q4 could not allocate \d{11,} bytes for a tensor of shape \(.+\)"
+    assert all(re.fullmatch(words, line) for line in lines)
+    assert "34359738368 bytes for a tensor of shape (33554432, 256)" in lines[0]

@@ -59,6 +59,48 @@ def test_exact(fmt, dtype, with_bias) -> None:
             assert_exact(y, x, blocks, fmt, bias)
 
 
+# MKL's kernels for other CPUs than this one: a sum's order, and so its error, is theirs to choose.
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    {"MKL_CBWR": "COMPATIBLE"},
+    {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default"},
+    {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+     "ONEDNN_MAX_CPU_ISA": "AVX2"},
+], ids=lambda settings: "-".join(settings.values()))  # fmt: skip
+def test_on_what_torch_takes_for_other_cpus(settings) -> None:
+    if os.environ.get("TORCH_Q4_CPU_ISA"):
+        pytest.skip("this is already such a run")
+    # Not the best instruction set: on AMX no product would be torch's own.
+    environment = dict(os.environ, TORCH_Q4_CPU_ISA="generic", **settings)
+    keep = ["-k", "(test_exact or small or bias_is_the_larger) and float32"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *keep, "tests/test_linear.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 37])
+def test_small_weights_and_many_rows_float32(fmt, n) -> None:
+    """Where torch's own product takes over, its error depends on the panel's layout."""
+    for k in (256, 2048):
+        blocks, x = random_blocks(fmt, n, k), torch.randn(256, k)
+        assert_exact(torch_q4.linear(x, blocks, fmt), x, blocks, fmt)
+
+
+def test_a_bias_is_the_larger_part_float32(fmt) -> None:
+    """A sum that started from the bias would be rounded to the bias's last bit K times."""
+    blocks, bias = random_blocks(fmt, 40, 8192), torch.randn(40)
+    few = blocks[:20]  # so few rows that K is split over threads
+    threads = torch.get_num_threads()
+    for m in (2, 4, 20, 200):
+        x = 1e-2 / 8192**0.5 * torch.randn(m, 8192)
+        assert_exact(torch_q4.linear(x, blocks, fmt, bias), x, blocks, fmt, bias)
+        try:
+            torch.set_num_threads(4)
+            assert_exact(torch_q4.linear(x, few, fmt, bias[:20]), x, few, fmt, bias[:20])
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_more_rows_than_are_prepared_at_a_time() -> None:
     blocks, bias = random_blocks(formats.get("q5_k"), 40, 256), torch.randn(40)
     x = torch.randn(2100, 256)
@@ -146,6 +188,22 @@ def test_each_row_of_activations_has_its_own_scale(fmt) -> None:
     y = torch_q4.linear(x, blocks, fmt)
     bound = 16 * EPS[torch.float32] * (x.double().abs() @ w.abs().T) + 1e-41
     assert bool(((y - x.double() @ w.T).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("value", [1e37, 1e38, 3e38])
+def test_huge_activations_do_not_overflow(fmt, compute, value) -> None:
+    """Sums of products with codes, whose scales come in later, would pass float32's limit."""
+    blocks = torch_q4.quantize(torch.randn(37, 512) * 1e-3, fmt)
+    w = dense64(blocks, fmt)
+    for m in (1, 2, 4, 5, 20, 200):
+        x = torch.randn(m, 512)
+        x[0] = value * torch.randn(512).sign()
+        wanted = x.double() @ w.T
+        y = torch_q4.linear(x, blocks, fmt, compute=compute)
+        assert (y[0].double() - wanted[0]).norm() <= 1e-2 * wanted[0].norm()
+        rest = y[1:].double() - wanted[1:]
+        assert rest.norm() <= 1e-2 * wanted[1:].norm()
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8"])

@@ -7,15 +7,9 @@
 
 #include "../tensors.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace torch_q4::cpu {
-
-// body(begin, end) over parts of the range, on torch's threads where it is worth more than one.
-template <class Body>
-inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-  if (begin < end && end - begin <= grain) return body(begin, end);  // no call into torch
-  torch::stable::parallel_for(begin, end, grain, body);
-}
 
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return empty_on(aoti_torch_device_type_cpu(), 0, shape, dtype);
@@ -24,12 +18,6 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
 inline Weight as_weight(const Tensor& blocks, const FormatInfo& format, bool packed) {
   return {static_cast<const uint8_t*>(blocks.const_data_ptr()), blocks.size(0),
           blocks.size(1) / format.block_bytes * format.block_elems, packed};
-}
-
-// Rows that are worth a thread of their own when each costs `work` operations.
-inline int64_t grain(int64_t work) {
-  constexpr int64_t kWorth = 1 << 15;  // about ten microseconds
-  return work >= kWorth ? 1 : kWorth / (work > 0 ? work : 1);
 }
 
 inline void to_float(const void* from, ScalarType dtype, float* to, int64_t count) {
@@ -54,7 +42,7 @@ inline Tensor as_float(const Tensor& tensor) {
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<float*>(result.mutable_data_ptr());
   const ScalarType dtype = source.scalar_type();
-  parallel_for(0, source.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, source.numel(), kConvertWork, [&](int64_t begin, int64_t end) {
     to_float(from + begin * 2, dtype, to + begin, end - begin);
   });
   return result;
@@ -66,7 +54,7 @@ inline Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
   Tensor result = empty(shape_of(tensor), dtype);
   const auto* from = static_cast<const float*>(tensor.const_data_ptr());
   auto* to = static_cast<char*>(result.mutable_data_ptr());
-  parallel_for(0, tensor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tensor.numel(), kConvertWork, [&](int64_t begin, int64_t end) {
     from_float(from + begin, dtype, to + begin * 2, end - begin);
   });
   return result;

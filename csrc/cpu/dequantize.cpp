@@ -18,7 +18,7 @@ Tensor dequantize(const Tensor& blocks, int64_t format_id, ScalarType dtype) {
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(values.mutable_data_ptr());
   const auto kernel = kernels().formats[format.index].dequantize;
-  parallel_for(0, runs, grain(kRunElems), [&](int64_t begin, int64_t end) {
+  parallel_for(0, runs, kRunElems * kDecodeWork, [&](int64_t begin, int64_t end) {
     float buffer[kRunElems];
     for (int64_t run = begin; run < end; ++run) {
       const int64_t start = run * kRunElems;

@@ -40,9 +40,10 @@ constexpr int kExactSums = 256, kExactWords = 272;
 //         per group of 16 or 32 elements, -kOffset * sum(code) as int32, and scale * sum(code).
 constexpr int kInt8Scales = 64, kInt8Starts = 72, kInt8Sums = 88, kInt8Words = 104;
 
-// out[m, n] = bias[n] + sum_k x[m, k] * W[n, k] for all m rows of x, the weight rows
+// out[m, n] = sum_k x[m, k] * W[n, k] + bias[n] for all m rows of x, the weight rows
 // [row_begin, row_end), row_begin a multiple of 16, and k in the tiles [tile_begin, tile_end). out
-// has weight.n columns; bias may be null.
+// has weight.n columns; bias may be null. The bias is added to the finished sum: a sum that started
+// from a large bias would round each product to the bias's last bit.
 struct LinearArgs {
   Weight weight;
   const void* x;  // as prepare_exact or prepare_int8 leaves it
@@ -51,6 +52,7 @@ struct LinearArgs {
   float* out;
   int64_t row_begin, row_end;
   int64_t tile_begin, tile_end;
+  bool huge;  // linear_exact: whether prepare_exact found x to be so
 };
 
 struct FormatKernels {
@@ -61,13 +63,13 @@ struct FormatKernels {
   // Whole groups of 16 rows, `groups` of them, in place; scratch: the bytes of a group.
   void (*pack)(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch);
   void (*unpack)(uint8_t* blocks, int64_t groups, int64_t k, uint8_t* scratch);
-  // The weights of rows [row_begin, row_end), row_begin a multiple of 16, to out[element][row],
-  // elements `stride` floats apart; writes up to a multiple of 16 rows.
-  void (*dequantize_transposed)(const Weight& weight, int64_t row_begin, int64_t row_end,
-                                float* out, int64_t stride);
-  // Writes column `m` of x, k floats, into `out`, as described above.
-  void (*prepare_exact)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
-  void (*prepare_int8)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+  // The weights of rows [row_begin, row_end), row_begin a multiple of 16, to float32, one row of k
+  // floats after the other.
+  void (*dequantize_rows)(const Weight& weight, int64_t row_begin, int64_t row_end, float* out);
+  // Write column `m` of x, k floats, into `out`, as described above. False if x is finite but huge:
+  // products with codes, whose scales come in later, could overflow where x W does not.
+  bool (*prepare_exact)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+  bool (*prepare_int8)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
   // scratch: 16 floats for each of the m columns.
   void (*linear_exact)(const LinearArgs& args, float* scratch);
   void (*linear_int8)(const LinearArgs& args, float* scratch);

@@ -329,17 +329,15 @@ inline void for_each_tile(const LinearArgs& args, int words, int widest, float* 
     int64_t begin = args.tile_begin, end;
     do {  // once, for the bias, where there is nothing of K
       end = min(args.tile_end, begin + resident_tiles);
+      const bool last_of_k = end == args.tile_end;
       for (int64_t row = args.row_begin; row < args.row_end; row += kTileRows) {
         const int rows = static_cast<int>(min(kTileRows, args.row_end - row));
         if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
         for (int64_t m = first; m < last; ++m) {
           float* sum = sums + (m - first) * kTileRows;
-          const float* out = args.out + m * args.weight.n + row;
           for (int r = 0; r < kTileRows; ++r) sum[r] = 0.0f;
           if (begin > args.tile_begin) {
-            std::memcpy(sum, out, rows * sizeof(float));
-          } else if (args.bias) {
-            std::memcpy(sum, args.bias + row, rows * sizeof(float));
+            std::memcpy(sum, args.out + m * args.weight.n + row, rows * sizeof(float));
           }
         }
         for (int64_t t = begin; t < end; ++t) {
@@ -353,8 +351,11 @@ inline void for_each_tile(const LinearArgs& args, int words, int widest, float* 
           }
         }
         for (int64_t m = first; m < last; ++m) {
-          std::memcpy(args.out + m * args.weight.n + row, sums + (m - first) * kTileRows,
-                      rows * sizeof(float));
+          float* sum = sums + (m - first) * kTileRows;
+          if (last_of_k && args.bias) {
+            for (int r = 0; r < rows; ++r) sum[r] += args.bias[row + r];
+          }
+          std::memcpy(args.out + m * args.weight.n + row, sum, rows * sizeof(float));
         }
       }
       begin = end;
@@ -371,6 +372,20 @@ inline void with_width(int width, const Body& body) {
   body(std::integral_constant<int, kMax>());
 }
 
+// Whether x is finite and has an element of 2^100 or more. 32 of those below, times codes and sums
+// of codes below 2^13, stay below float32's limit of 2^128.
+inline bool is_huge(const float* x, int64_t k) {
+  // The magnitudes' order is that of their bits, and integers are what a compiler may compare in
+  // any order.
+  constexpr int32_t kLimit = (100 + 127) << 23, kInfinity = 0x7F800000;
+  int32_t largest = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const auto bits = static_cast<int32_t>(float_to_bits(x[i]) & 0x7FFFFFFFu);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest >= kLimit && largest < kInfinity;
+}
+
 // ---- exact ----
 
 template <class Format>
@@ -379,7 +394,7 @@ constexpr int exact_center() {
 }
 
 template <class Format>
-void prepare_exact(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
+bool prepare_exact(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
   const ColumnBlock block = column_block(m, m_total, kExactColumns);
   const int64_t tiles = tiles_of(k);
   float* to = static_cast<float*>(out) + block.first * tiles * kExactWords + (m - block.first);
@@ -393,6 +408,7 @@ void prepare_exact(const float* x, int64_t k, int64_t m, int64_t m_total, void* 
       to[(kExactSums + group) * block.width] = sum;
     }
   }
+  return !is_huge(x, k);
 }
 
 // What of a format the products below depend on: formats alike in it share their code.
@@ -408,17 +424,20 @@ using ExactShape =
     Shape<Format::kGroupElems, Format::kHasShift, Format::kCodeBits, Format::kOffset>;
 
 // With w = s (q - c) + (t + c s) in a group, sum x w = s sum x (q - c) + (t + c s) sum x: codes are
-// multiplied as they are, and scales come in once a group. The center c keeps the sums small.
+// multiplied as they are, and scales come in once for 16 elements. The sum of 16 elements starts
+// from zero, and so does the sum of a tile: three levels, whose rounding error is that of a dot
+// product over vectors. The center c keeps the sums small.
 template <class Format, int kWidth>
 void grouped_columns(const Panel& panel, const float* x, int elems, float* sums) {
   constexpr int kCenter = exact_center<Format>();
-  constexpr int kWords = Format::kGroupElems / 4;
+  constexpr int kRuns = Format::kGroupElems / 16, kWords = 4;
   VecF acc[kWidth][kRowVectors];
 #pragma GCC unroll 24
   for (int c = 0; c < kWidth; ++c) {
-    for (int r = 0; r < kRowVectors; ++r) acc[c][r] = load(sums + c * 16 + r * kLanes);
+    for (int r = 0; r < kRowVectors; ++r) acc[c][r] = zero();
   }
-  for (int group = 0; group < elems / Format::kGroupElems; ++group) {
+  for (int run = 0; run < elems / 16; ++run) {
+    const int group = run / kRuns;
     VecF partial[kWidth][kRowVectors];
 #pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
@@ -426,8 +445,8 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
     }
 #pragma GCC unroll 8
     for (int word = 0; word < kWords; ++word) {
-      const uint8_t* codes = panel.codes[group * kWords + word];
-      const float* from = x + (group * kWords + word) * 4 * kWidth;
+      const uint8_t* codes = panel.codes[run * kWords + word];
+      const float* from = x + (run * kWords + word) * 4 * kWidth;
       const auto accumulate = [&](auto index) {
         constexpr int kByte = decltype(index)::value;
         for (int r = 0; r < kRowVectors; ++r) {
@@ -448,7 +467,7 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
       const VecF scale = load(panel.scales[group] + r * kLanes);
 #pragma GCC unroll 24
       for (int c = 0; c < kWidth; ++c) acc[c][r] = fma(scale, partial[c][r], acc[c][r]);
-      if constexpr (Format::kHasShift) {
+      if (Format::kHasShift && run % kRuns == 0) {
         const VecF shift =
             fma(scale, broadcast(float{kCenter}), load(panel.shifts[group] + r * kLanes));
 #pragma GCC unroll 24
@@ -461,7 +480,10 @@ void grouped_columns(const Panel& panel, const float* x, int elems, float* sums)
   }
 #pragma GCC unroll 24
   for (int c = 0; c < kWidth; ++c) {
-    for (int r = 0; r < kRowVectors; ++r) store(sums + c * 16 + r * kLanes, acc[c][r]);
+    for (int r = 0; r < kRowVectors; ++r) {
+      float* sum = sums + c * 16 + r * kLanes;
+      store(sum, add(load(sum), acc[c][r]));
+    }
   }
 }
 
@@ -490,51 +512,95 @@ void dequantize_panel(const Panel& panel, int first, int elems, float* weights, 
   }
 }
 
-// The weights of rows [row_begin, row_end), row_begin a multiple of 16, to out[element][row].
-// Writes whole groups of 16 rows, zeros for those past the last one.
+// The transpose of 4 by 4 floats: in[i], 16 floats apart, to out[i], `stride` floats apart.
+inline void transpose_4(const float* in, float* out, int64_t stride) {
+  using Four = float __attribute__((vector_size(16)));
+  Four rows[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&rows[i], in + i * kTileRows, sizeof(Four));
+  const Four low01 = __builtin_shufflevector(rows[0], rows[1], 0, 4, 1, 5);
+  const Four high01 = __builtin_shufflevector(rows[0], rows[1], 2, 6, 3, 7);
+  const Four low23 = __builtin_shufflevector(rows[2], rows[3], 0, 4, 1, 5);
+  const Four high23 = __builtin_shufflevector(rows[2], rows[3], 2, 6, 3, 7);
+  const Four columns[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                           __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                           __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                           __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &columns[i], sizeof(Four));
+}
+
+// The weights of rows [row_begin, row_end), row_begin a multiple of 16, one row after the other.
 template <class Format>
-void dequantize_transposed(const Weight& weight, int64_t row_begin, int64_t row_end, float* out,
-                           int64_t stride) {
+void dequantize_rows(const Weight& weight, int64_t row_begin, int64_t row_end, float* out) {
   Panel panel;
   alignas(64) uint8_t buffer[kTileBytes<Format>] = {};
+  alignas(64) float values[kTileElems * kTileRows];
   for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-    if (row_end - row < kTileRows) std::memset(buffer, 0, sizeof(buffer));
+    const int64_t rows = min(kTileRows, row_end - row);
+    if (rows < kTileRows) std::memset(buffer, 0, sizeof(buffer));
     for (int64_t k = 0; k < weight.k; k += kTileElems) {
       const int elems = static_cast<int>(min(kTileElems, weight.k - k));
       unpack_panel<Format>(packed_tile<Format>(weight, row, k, buffer), elems / Format::kBlockElems,
                            panel);
-      dequantize_panel<ExactShape<Format>>(panel, 0, elems, out + k * stride + row - row_begin,
-                                           stride);
+      dequantize_panel<ExactShape<Format>>(panel, 0, elems, values, kTileRows);
+      for (int64_t r = 0; r < rows; r += 4) {
+        float* to = out + (row - row_begin + r) * weight.k + k;
+        if (rows - r >= 4) {
+          for (int i = 0; i < elems; i += 4) {
+            transpose_4(values + i * kTileRows + r, to + i, weight.k);
+          }
+        } else {
+          for (int64_t left = 0; left < rows - r; ++left, to += weight.k) {
+            for (int i = 0; i < elems; ++i) to[i] = values[i * kTileRows + r + left];
+          }
+        }
+      }
     }
   }
 }
 
-// Sums of 64 elements start from zero and are added to the rest: two levels, so that the rounding
-// error grows with 64 and with K / 64, not with K.
+// Sums of a run of elements start from zero and are added to the rest: two levels, so that the
+// rounding error grows with the run and with K / run, not with K. Where few columns leave registers
+// free, a run is several chains of sums, as of a dot product over vectors: F.linear is one there.
 template <int kWidth>
 void dense_columns(const float* weights, const float* x, int elems, float* sums) {
-  constexpr int kRun = 64;
+  constexpr int kFree = kExactColumns / kWidth;
+  constexpr int kChains = kFree >= 4 ? 4 : kFree >= 2 ? 2 : 1;
+  constexpr int kRun = kChains == 4 ? 64 : 32;
+  static_assert(32 % kChains == 0);  // elems is a multiple of 32
   for (int start = 0; start < elems; start += kRun) {
     const int end = min_int(start + kRun, elems);
-    VecF acc[kWidth][kRowVectors];
-#pragma GCC unroll 24
-    for (int c = 0; c < kWidth; ++c) {
-      for (int r = 0; r < kRowVectors; ++r) acc[c][r] = zero();
-    }
-    for (int i = start; i < end; ++i) {
-      VecF weight[kRowVectors];
-      for (int r = 0; r < kRowVectors; ++r) weight[r] = load(weights + i * 16 + r * kLanes);
+    VecF acc[kChains][kWidth][kRowVectors];
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) {
 #pragma GCC unroll 24
       for (int c = 0; c < kWidth; ++c) {
-        const VecF value = broadcast(x[i * kWidth + c]);
-        for (int r = 0; r < kRowVectors; ++r) acc[c][r] = fma(weight[r], value, acc[c][r]);
+        for (int r = 0; r < kRowVectors; ++r) acc[chain][c][r] = zero();
+      }
+    }
+    for (int i = start; i < end; i += kChains) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) {
+        VecF weight[kRowVectors];
+        for (int r = 0; r < kRowVectors; ++r) {
+          weight[r] = load(weights + (i + chain) * 16 + r * kLanes);
+        }
+#pragma GCC unroll 24
+        for (int c = 0; c < kWidth; ++c) {
+          const VecF value = broadcast(x[(i + chain) * kWidth + c]);
+          for (int r = 0; r < kRowVectors; ++r) {
+            acc[chain][c][r] = fma(weight[r], value, acc[chain][c][r]);
+          }
+        }
       }
     }
 #pragma GCC unroll 24
     for (int c = 0; c < kWidth; ++c) {
       for (int r = 0; r < kRowVectors; ++r) {
+        VecF total = acc[0][c][r];
+        if constexpr (kChains >= 2) total = add(total, acc[1][c][r]);
+        if constexpr (kChains == 4) total = add(total, add(acc[2][c][r], acc[3][c][r]));
         float* sum = sums + c * 16 + r * kLanes;
-        store(sum, add(load(sum), acc[c][r]));
+        store(sum, add(load(sum), total));
       }
     }
   }
@@ -543,7 +609,7 @@ void dense_columns(const float* weights, const float* x, int elems, float* sums)
 template <class Format>
 void linear_exact(const LinearArgs& args, float* sums) {
   Panel panel;
-  if (args.m <= kGroupedColumns) {
+  if (args.m <= kGroupedColumns && !args.huge) {
     for_each_tile<Format>(
         args, kExactWords, kExactColumns, sums,
         [&](const uint8_t* tile, int elems) {
@@ -605,7 +671,7 @@ inline float quantize_32(const float* from, int32_t* codes) {
 }
 
 template <class Format>
-void prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
+bool prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* out) {
   constexpr int kOffset = kSignedProducts<Format> ? 0 : Format::kOffset;
   const ColumnBlock block = column_block(m, m_total, kInt8Columns);
   const int64_t tiles = tiles_of(k);
@@ -630,6 +696,7 @@ void prepare_int8(const float* x, int64_t k, int64_t m, int64_t m_total, void* o
       }
     }
   }
+  return !is_huge(x, k);
 }
 
 // With x = xs a and w = s (q - o) + t in a group,
@@ -750,9 +817,9 @@ namespace {
 
 template <class Format>
 constexpr FormatKernels format_kernels() {
-  return {dequantize<Format>,       dequantize_row<Format>,        repack<Format, true>,
-          repack<Format, false>,    dequantize_transposed<Format>, prepare_exact<Format>,
-          prepare_int8<Format>,     linear_exact<Format>,          linear_int8<Format>,
+  return {dequantize<Format>,       dequantize_row<Format>,  repack<Format, true>,
+          repack<Format, false>,    dequantize_rows<Format>, prepare_exact<Format>,
+          prepare_int8<Format>,     linear_exact<Format>,    linear_int8<Format>,
           linear_transposed<Format>};
 }
 

@@ -1,3 +1,4 @@
+#include <array>
 #include <atomic>
 
 #include "common.h"
@@ -11,7 +12,7 @@ namespace {
 constexpr int64_t kBlasRows = 192;
 constexpr int64_t kBlasPanelBytes = 16 << 20;  // of dequantised weight at a time
 
-using Prepare = void (*)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
+using Prepare = bool (*)(const float* x, int64_t k, int64_t m, int64_t m_total, void* out);
 
 // Memory for floats: on the stack where it is little, since asking torch for it costs more than a
 // small product.
@@ -31,45 +32,58 @@ class Floats {
   Tensor large_;
 };
 
-// x as the kernels read it.
-void prepare(const float* x, int64_t m, int64_t k, Prepare run, void* out) {
-  parallel_for(0, m, grain(k), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) run(x + row * k, k, row, m, out);
+// x as the kernels read it; false if `run` says so of one of its rows.
+bool prepare(const float* x, int64_t m, int64_t k, Prepare run, void* out) {
+  std::atomic<bool> all(true);
+  parallel_for(0, m, k * kConvertWork, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!run(x + row * k, k, row, m, out)) all = false;
+    }
   });
+  return all;
 }
 
-// out = x @ W.T + bias by dequantised panels of W; all float32.
+// out = a @ b, torch's own product.
+void matmul_into(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // out again, whose handle must be released
+}
+
+// out = x @ W.T + bias by dequantised panels of W; all float32. A panel is laid out as F.linear's
+// weight is, so that torch sums in the same order: with the panel's transpose stored instead, its
+// error on some CPUs was three times that of F.linear.
 void linear_by_panels(const Tensor& x, const Weight& weight, const FormatKernels& kernel,
                       const float* bias, int64_t m, Tensor& out) {
   const Tensor rows = torch::stable::view(x, {m, weight.k});
-  const int64_t all_rows = (weight.n + 15) / 16 * 16;
-  const int64_t panel_rows =
-      std::min(all_rows, std::max<int64_t>(16, kBlasPanelBytes / (weight.k * 4) / 16 * 16));
-  // One vector more: a power of two between elements would send them all to the same cache set.
-  const int64_t stride = panel_rows + 16;
-  Tensor panel = empty({weight.k, stride}, ScalarType::Float);
+  const int64_t most_rows = std::max<int64_t>(16, kBlasPanelBytes / (weight.k * 4));
+  const int64_t panels = (weight.n + most_rows - 1) / most_rows;
+  // Of equal size: a last one of a few rows would be a product of another kind.
+  const int64_t panel_rows = ((weight.n + panels - 1) / panels + 15) / 16 * 16;
+  Tensor panel = empty({std::min(panel_rows, weight.n), weight.k}, ScalarType::Float);
   auto* values = static_cast<float*>(panel.mutable_data_ptr());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
+  Tensor all = torch::stable::view(out, {m, weight.n});
   for (int64_t start = 0; start < weight.n; start += panel_rows) {
     const int64_t count = std::min(panel_rows, weight.n - start);
-    parallel_for(0, (count + 15) / 16, grain(16 * weight.k), [&](int64_t begin, int64_t end) {
-      kernel.dequantize_transposed(weight, start + begin * 16, std::min(start + end * 16, weight.n),
-                                   values + begin * 16, stride);
-    });
-    const Tensor product = torch::stable::matmul(rows, torch::stable::narrow(panel, 1, 0, count));
-    const auto* from = static_cast<const float*>(product.const_data_ptr());
-    parallel_for(0, m, grain(count), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const float* source = from + row * count;
-        float* target = to + row * weight.n + start;
-        if (bias == nullptr) {
-          std::memcpy(target, source, count * sizeof(float));
-        } else {
-          for (int64_t n = 0; n < count; ++n) target[n] = source[n] + bias[start + n];
-        }
-      }
-    });
+    parallel_for(
+        0, (count + 15) / 16, 16 * weight.k * kDecodeWork, [&](int64_t begin, int64_t end) {
+          kernel.dequantize_rows(weight, start + begin * 16, std::min(start + end * 16, weight.n),
+                                 values + begin * 16 * weight.k);
+        });
+    Tensor product = torch::stable::narrow(all, 1, start, count);
+    Tensor weights = torch::stable::narrow(panel, 0, 0, count);
+    weights = torch::stable::transpose(weights, 0, 1);
+    matmul_into(rows, weights, product);
   }
+  if (bias == nullptr) return;
+  parallel_for(0, m, weight.n * kConvertWork, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t n = 0; n < weight.n; ++n) to[row * weight.n + n] += bias[n];
+    }
+  });
 }
 
 // Runs a kernel over all rows, on all threads. Rows are shared out in groups of 16; where there are
@@ -80,7 +94,7 @@ void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float*
   const int64_t tiles = (args.weight.k + kTileElems - 1) / kTileElems;
   const int64_t work = 16 * args.m * kTileElems;  // of a group's tile
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t worth = std::max<int64_t>(1, groups * tiles / grain(work));
+  const int64_t worth = std::max<int64_t>(1, groups * tiles * work / kThreadWork);
   const int64_t wanted = groups < threads ? std::min(threads / groups, worth) : 1;
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, tiles));
   const int64_t outputs = args.m * args.weight.n;
@@ -88,27 +102,28 @@ void multiply(const LinearArgs& args, void (*run)(const LinearArgs& args, float*
   const auto of_part = [&](int64_t part) {
     return part == 0 ? args.out : partial.data() + (part - 1) * outputs;
   };
-  parallel_for(0, groups * parts, parts > 1 ? 1 : grain(work * tiles),
-               [&](int64_t begin, int64_t end) {
-                 std::vector<float> scratch(scratch_floats);
-                 LinearArgs unit = args;
-                 for (int64_t i = begin; i < end;) {
-                   const int64_t part = i / groups;
-                   const int64_t last = std::min(end, (part + 1) * groups);
-                   unit.row_begin = (i - part * groups) * 16;
-                   unit.row_end = std::min((last - part * groups) * 16, args.weight.n);
-                   unit.tile_begin = tiles * part / parts;
-                   unit.tile_end = tiles * (part + 1) / parts;
-                   unit.bias = part == 0 ? args.bias : nullptr;
-                   unit.out = of_part(part);
-                   run(unit, scratch.data());
-                   i = last;
-                 }
-               });
+  parallel_for(0, groups * parts, work * tiles / parts, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_floats);
+    LinearArgs unit = args;
+    for (int64_t i = begin; i < end;) {
+      const int64_t part = i / groups;
+      const int64_t last = std::min(end, (part + 1) * groups);
+      unit.row_begin = (i - part * groups) * 16;
+      unit.row_end = std::min((last - part * groups) * 16, args.weight.n);
+      unit.tile_begin = tiles * part / parts;
+      unit.tile_end = tiles * (part + 1) / parts;
+      if (parts > 1) unit.bias = nullptr;  // added to the sum of all parts, below
+      unit.out = of_part(part);
+      run(unit, scratch.data());
+      i = last;
+    }
+  });
   for (int64_t part = 1; part < parts; ++part) {
     const float* from = of_part(part);
     for (int64_t i = 0; i < outputs; ++i) args.out[i] += from[i];
   }
+  if (parts == 1 || args.bias == nullptr) return;
+  for (int64_t i = 0; i < outputs; ++i) args.out[i] += args.bias[i % args.weight.n];
 }
 
 // By the CPU's matrix instructions; false if x is not finite.
@@ -122,13 +137,7 @@ bool linear_by_tiles(const LinearArgs& args, const float* x, int format) {
     rows.m = std::min(kMostRows, args.m - first);
     rows.x = prepared.data();
     rows.out = args.out + first * args.weight.n;
-    std::atomic<bool> finite(true);
-    parallel_for(0, rows.m, grain(k), [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) {
-        if (!tiles.prepare(x + (first + m) * k, k, m, rows.m, prepared.data())) finite = false;
-      }
-    });
-    if (!finite) return false;
+    if (!prepare(x + first * k, rows.m, k, tiles.prepare, prepared.data())) return false;
     multiply(rows, tiles.linear[format], tiles.scratch_floats(rows.m));
   }
   return true;
@@ -140,7 +149,7 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
   const Tensor weight_blocks = as_contiguous(blocks), source = as_float(x);
   const Tensor bias_float = bias ? as_float(*bias) : Tensor();
   std::vector<int64_t> shape = shape_of(x);
-  LinearArgs args;
+  LinearArgs args{};
   args.weight = as_weight(weight_blocks, format, packed);
   args.m = leading(shape);
   shape.back() = args.weight.n;
@@ -161,11 +170,18 @@ Tensor linear(const Tensor& x, const Tensor& blocks, int64_t format_id, std::opt
     return in_dtype(out, x.scalar_type());
   }
   const int64_t tiles = (k + kTileElems - 1) / kTileElems;
-  Floats activations(args.m * tiles * (exact ? kExactWords : kInt8Words));
-  prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k,
-          exact ? kernel.prepare_exact : kernel.prepare_int8, activations.data());
+  Floats activations(args.m * tiles * std::max(kExactWords, kInt8Words));
+  const auto prepare_x = [&](Prepare run) {
+    return prepare(static_cast<const float*>(source.const_data_ptr()), args.m, k, run,
+                   activations.data());
+  };
   args.x = activations.data();
-  multiply(args, exact ? kernel.linear_exact : kernel.linear_int8, 16 * args.m);
+  if (!exact && prepare_x(kernel.prepare_int8)) {
+    multiply(args, kernel.linear_int8, 16 * args.m);
+  } else {  // int8 as well where x is huge: what is rounded there is close to overflowing
+    args.huge = !prepare_x(kernel.prepare_exact);
+    multiply(args, kernel.linear_exact, 16 * args.m);
+  }
   return in_dtype(out, x.scalar_type());
 }
 
@@ -186,7 +202,7 @@ Tensor linear_transposed(const Tensor& grad, const Tensor& blocks, int64_t forma
   constexpr int64_t kUnitElems = kTileElems, kUnitRows = 64;
   const int64_t columns = (k + kUnitElems - 1) / kUnitElems;
   const int64_t units = columns * ((m + kUnitRows - 1) / kUnitRows);
-  parallel_for(0, units, grain(kUnitElems * weight.n), [&](int64_t begin, int64_t end) {
+  parallel_for(0, units, kUnitElems * kUnitRows * weight.n, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t k_begin = unit % columns * kUnitElems;
       const int64_t m_begin = unit / columns * kUnitRows;

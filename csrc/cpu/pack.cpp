@@ -37,7 +37,7 @@ void repack(const Tensor& blocks, const FormatInfo& format, bool pack) {
   auto* bytes = static_cast<uint8_t*>(blocks.mutable_data_ptr());
   const FormatKernels& kernel = kernels().formats[format.index];
   const auto run = pack ? kernel.pack : kernel.unpack;
-  parallel_for(0, groups, grain(16 * row_bytes), [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, 16 * row_bytes * kDecodeWork, [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> scratch(16 * row_bytes);
     run(bytes + begin * 16 * row_bytes, end - begin, k, scratch.data());
   });
@@ -46,14 +46,14 @@ void repack(const Tensor& blocks, const FormatInfo& format, bool pack) {
 
 Tensor pack(const Tensor& blocks, int64_t format_id) {
   const FormatInfo format = check_repack("pack", blocks, format_id);
-  Tensor result = torch::stable::clone(as_contiguous(blocks));
+  Tensor result = copy_of(blocks);
   repack(result, format, true);
   return result;
 }
 
 Tensor unpack(const Tensor& packed, int64_t format_id) {
   const FormatInfo format = check_repack("unpack", packed, format_id);
-  Tensor result = torch::stable::clone(as_contiguous(packed));
+  Tensor result = copy_of(packed);
   repack(result, format, false);
   return result;
 }

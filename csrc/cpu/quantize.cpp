@@ -19,7 +19,7 @@ Tensor quantize(const Tensor& w, int64_t format_id, std::optional<Tensor> import
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(blocks.mutable_data_ptr());
   const QuantizeRow quantize_row = kQuantizeRow[format.index];
-  parallel_for(0, rows, grain(columns * 64), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, columns * kQuantizeWork, [&](int64_t begin, int64_t end) {
     std::vector<float> row(dtype == ScalarType::Float ? 0 : columns);
     for (int64_t i = begin; i < end; ++i) {
       const float* x = reinterpret_cast<const float*>(from) + i * columns;

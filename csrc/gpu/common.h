@@ -4,7 +4,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../tensors.h"
@@ -66,10 +68,8 @@ class Call {
     const int32_t code = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
                          : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
                                                      : aoti_torch_dtype_bfloat16();
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        2, sizes, strides, code, aoti_torch_device_type_cuda(), device, &handle));
-    return Tensor(handle);
+    return empty_strided(aoti_torch_device_type_cuda(), device, 2, sizes, strides, code,
+                         dtype == ScalarType::Float ? 4 : 2);
   }
   const DeviceInfo& info() const { return device_info(op, device); }
 
@@ -84,10 +84,27 @@ class Call {
 
 // Contiguous, and where a kernel's 16-byte loads need it to be. torch's allocations are; a slice
 // need not be, and is copied.
+inline bool is_aligned(const Tensor& tensor) {
+  return tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
 inline Tensor aligned(const Tensor& tensor) {
-  if (!tensor.is_contiguous()) return torch::stable::contiguous(tensor);
-  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  return address % 16 == 0 ? tensor : torch::stable::clone(tensor);
+  return is_aligned(tensor) ? tensor : copy_of(tensor);
+}
+
+// The same of a weight, which is used again and again: the first one that is copied is reported.
+inline Tensor aligned_weight(const char* op, const Tensor& blocks) {
+  if (is_aligned(blocks)) return blocks;
+  static std::atomic<bool> warned(false);
+  if (!warned.exchange(true)) {
+    const std::string text =
+        std::string(op) + ": blocks are copied on every call, " + std::to_string(blocks.numel()) +
+        " bytes, since they are " +
+        (blocks.is_contiguous() ? "not aligned to 16 bytes" : "not contiguous") +
+        "; blocks.clone(memory_format=torch.contiguous_format), made once, avoids the copies. "
+        "Further ones are not reported";
+    aoti_torch_warn(op, "torch_q4", 0, text.c_str());
+  }
+  return copy_of(blocks);
 }
 
 inline DType dtype_of(ScalarType dtype) {

@@ -13,7 +13,7 @@ Tensor embedding(const Tensor& indices, const Tensor& blocks, int64_t format_id,
   Tensor values = call.empty(shape, dtype);
   if (values.numel() == 0) return values;
 
-  const Tensor table = aligned(blocks), wanted = as_contiguous(indices);
+  const Tensor table = aligned_weight("embedding", blocks), wanted = as_contiguous(indices);
   EmbeddingArgs args;
   args.indices = wanted.const_data_ptr();
   args.blocks = static_cast<const uint8_t*>(table.const_data_ptr());

@@ -280,7 +280,7 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
                              {args.dtype, int8, packed, args.m, args.n, args.k, call.info().family,
                               static_cast<int>(format.block_elems),
                               static_cast<int>(format.block_bytes), call.info().multiprocessors});
-  const Tensor source = aligned(x), weight = aligned(blocks);
+  const Tensor source = aligned(x), weight = aligned_weight("linear", blocks);
   if (kernel == LinearKernel::kBlas) {
     return linear_by_blas(call, source, weight, bias, packed, std::move(shape));
   }
@@ -410,7 +410,8 @@ Tensor linear_transposed(const Tensor& grad, const Tensor& blocks, int64_t forma
   if (out.numel() == 0) return out;
   if (n == 0) return torch::stable::zero_(out);
 
-  const Tensor rows = view(aligned(grad), {m, n}), weight = aligned(blocks);
+  const Tensor rows = view(aligned(grad), {m, n}),
+               weight = aligned_weight("linear_transposed", blocks);
   const Tensor out_rows = view(out, {m, k});
   const auto run = m <= kTransposedMaxRows ? transposed_by_kernel : transposed_by_blas;
   run(call, rows, weight, packed, out_rows);

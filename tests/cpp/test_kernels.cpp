@@ -137,8 +137,10 @@ void test_products(const Kernels& kernels, int format, const Problem& p) {
   std::vector<uint32_t> exact(p.m * tiles * cpu::kExactWords);
   std::vector<uint32_t> int8(p.m * tiles * cpu::kInt8Words);
   for (int64_t m = 0; m < p.m; ++m) {
-    kernel.prepare_exact(x.data() + m * p.k, p.k, m, p.m, exact.data());
-    kernel.prepare_int8(x.data() + m * p.k, p.k, m, p.m, int8.data());
+    if (!kernel.prepare_exact(x.data() + m * p.k, p.k, m, p.m, exact.data()) ||
+        !kernel.prepare_int8(x.data() + m * p.k, p.k, m, p.m, int8.data())) {
+      fail(what + " prepare: x is not huge");
+    }
   }
   std::vector<float> by_tiles, tile_scratch;
   if (const cpu::Tiles& tiles = kernels.tiles; tiles.least_rows > 0) {
@@ -159,7 +161,7 @@ void test_products(const Kernels& kernels, int format, const Problem& p) {
   const auto multiply = [&](const Weight& weight, const void* activations, auto run,
                             std::vector<float>& scratch_floats) {
     out.assign(out.size(), NAN);
-    LinearArgs args{weight, activations, p.m, bias.data(), out.data(), 0, 0, 0, tiles};
+    LinearArgs args{weight, activations, p.m, bias.data(), out.data(), 0, 0, 0, tiles, false};
     const int64_t middle = p.n / 32 * 16;  // in two parts, as two threads would
     for (const auto& [begin, end] : {std::pair{int64_t{0}, middle}, std::pair{middle, p.n}}) {
       args.row_begin = begin;
@@ -177,17 +179,15 @@ void test_products(const Kernels& kernels, int format, const Problem& p) {
       multiply(weight, by_tiles.data(), kernels.tiles.linear[format], tile_scratch);
       expect_close(what + layout + " tiles", out, wanted, exact_bound);
     }
-    const int64_t stride = (p.n + 15) / 16 * 16;
-    std::vector<float> transposed(p.k * stride);
-    kernel.dequantize_transposed(weight, 0, p.n, transposed.data(), stride);
+    std::vector<float> all_rows(p.n * p.k);
+    kernel.dequantize_rows(weight, 0, p.n, all_rows.data());
     for (int64_t row = 0; row < p.n; ++row) {
       std::vector<float> values(p.k);
       kernel.dequantize_row(weight, row, values.data());
       for (int64_t k = 0; k < p.k; ++k) {
         if (!same_bits(values[k], w[row * p.k + k])) fail(what + layout + " dequantize_row");
-        if (!same_bits(transposed[k * stride + row], values[k])) {
-          fail(what + layout + " dequantize_transposed");
-        }
+        if (!same_bits(all_rows[row * p.k + k], values[k]))
+          fail(what + layout + " dequantize_rows");
       }
     }
   }
