@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFFile, GGUFTensor, load_gguf
+from torch_q4.gguf import GGUFArray, GGUFFile, GGUFTensor, load_gguf
 from torch_q4.nn import QuantEmbedding, QuantLinear, pack_
 
 # Older ones convert GGUF tokenizers wrongly, without a word.
@@ -209,7 +209,7 @@ def _gemma3_config(metadata: _Metadata) -> dict[str, Any]:
     # Written by some converters only; the published models all have five local layers, then a
     # global one.
     pattern = metadata.get("attention.sliding_window_pattern")
-    if isinstance(pattern, list):
+    if isinstance(pattern, GGUFArray):
         if len(pattern) != layers:
             metadata.refuse("attention.sliding_window_pattern", f"have {layers} entries", pattern)
         local = [bool(entry) for entry in pattern]
