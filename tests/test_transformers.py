@@ -174,7 +174,7 @@ def status(field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
 
-integration._tokenizer = lambda file: None  # the tokenizer's memory is transformers' affair
+integration._tokenizer = lambda file, rows: None  # the tokenizer's memory is transformers' affair
 before = status("VmRSS")
 model, _ = integration.load_gguf_model(sys.argv[1], progress=False)
 peak = status("VmHWM") - before
