@@ -114,8 +114,9 @@ class _Metadata:
         _refuse(self.file, self.key(name), rule, value)
 
 
-def _refuse(file: GGUFFile, key: str, rule: str, value: object) -> NoReturn:
-    raise ValueError(f"{_OP}: metadata {key!r} must {rule}, got {_shown(value)} ({file.path})")
+def _refuse(file: GGUFFile, key: str, rule: str, value: object, where: str = "") -> NoReturn:
+    got = f"{_shown(value)}{where}"
+    raise ValueError(f"{_OP}: metadata {key!r} must {rule}, got {got} ({file.path})")
 
 
 def _rope(metadata: _Metadata, default_theta: float) -> dict[str, Any]:
@@ -352,7 +353,7 @@ _NO_TOKENIZER = ("none", "no_vocab")  # llama.cpp's names for it
 _TOKENIZER_MODELS = ("gpt2", "llama", "t5")
 _TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 _FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
-_INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+_INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 # Merges that are not in the file are found by cutting each token in two everywhere, which takes the
 # square of its length. Real tokens have at most a few hundred characters.
 _LONGEST_TOKEN = 1024
@@ -395,8 +396,8 @@ class _TokenizerMetadata:
     def get(self, name: str, default: Any = None) -> Any:
         return self.file.metadata.get(_TOKENIZER + name, default)
 
-    def refuse(self, name: str, rule: str, value: object) -> NoReturn:
-        _refuse(self.file, _TOKENIZER + name, rule, value)
+    def refuse(self, name: str, rule: str, value: object, where: str = "") -> NoReturn:
+        _refuse(self.file, _TOKENIZER + name, rule, value, where)
 
     def check_scalars(self) -> None:
         for name in _TOKEN_IDS:
@@ -418,7 +419,7 @@ class _TokenizerMetadata:
         self.check_numbers("scores", scores, ("float32", "float64", *_INTEGERS))
         if scores is not None and np.isnan(np.asarray(scores)).any():
             first = int(np.isnan(np.asarray(scores)).argmax())
-            self.refuse("scores", "be numbers", f"nan for token {first}")
+            self.refuse("scores", "be numbers", math.nan, f" at {first}")
         # Gemma's tokens are in the order of their merges.
         derived = merges is None and self.file.architecture != "gemma3"
         if scores is None and (self.kind == "t5" or (self.kind == "llama" and derived)):
@@ -439,7 +440,7 @@ class _TokenizerMetadata:
         if values is None:
             return
         if not isinstance(values, GGUFArray) or values.type not in types:
-            self.refuse(name, f"be an array of {types[0]}", values)
+            self.refuse(name, f"be an array of {', '.join(types[:-1])} or {types[-1]}", values)
         if len(values) != len(self.tokens):
             self.refuse(name, f"have {len(self.tokens)} elements, as tokens has", len(values))
 
@@ -458,11 +459,8 @@ class _TokenizerMetadata:
         for place, merge in enumerate(merges):
             left, space, right = merge.partition(" ")
             if not (space and left in known and right in known and left + right in known):
-                self.refuse(
-                    "merges",
-                    "be two tokens that make up a third, with one space between",
-                    f"{_shown(merge)} at {place}",
-                )
+                rule = "be two tokens that make up a third, with one space between"
+                self.refuse("merges", rule, merge, f" at {place}")
 
     def keys(self) -> GGUFMetadata:
         """The keys, and no other: what else is in the file would be read for nothing."""
