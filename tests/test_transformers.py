@@ -793,6 +793,20 @@ def test_refused_tokenizers(tmp_path: Path, with_tokenizer: bytes, case: str) ->
         load_gguf_model(path, progress=False)
 
 
+def test_a_tokenizer_without_a_token_for_unknown_characters(
+    tmp_path: Path,
+) -> None:
+    """Refused here, not at the first text that has such a character."""
+    reference = random_model("gemma3", GEMMA)
+    add = lambda writer: add_byte_tokenizer(writer, "default")  # noqa: E731
+    path = write_gguf(tmp_path / "small.gguf", reference, "gemma3", ["q8_0"], metadata=add)
+    changes = {"model": "llama", "merges": ([], "string")}
+    changed(path, {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    rule = r"metadata 'tokenizer.ggml.\*' must describe a llama tokenizer that transformers can "
+    with pytest.raises(ValueError, match=f"load_gguf_model: {rule}build, got .*<unk>"):
+        load_gguf_model(path, progress=False)
+
+
 @pytest.mark.parametrize("model", ["none", "no_vocab"])
 def test_files_that_say_that_they_have_no_tokenizer(
     tmp_path: Path, with_tokenizer: bytes, model: str
