@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -84,6 +85,28 @@ def test_onto_itself(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("how", ["replaced", "overwritten", "removed", "relative"])
+def test_a_file_keeps_what_it_was_read_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Whatever becomes of the path, the copy has the keys that were loaded."""
+    (tmp_path / "a").mkdir()
+    path, expected = tmp_path / "a" / "a.gguf", tmp_path / "expected.gguf"
+    save_gguf(path, {}, {"general.architecture": "first", "list": ["a", "b"], "n": [1, 2]})
+    expected.write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path / "a")
+    file = torch_q4.load_gguf("a.gguf" if how == "relative" else path)
+    if how == "replaced":
+        save_gguf(path, {}, {"general.architecture": "second"})
+    elif how == "overwritten":
+        path.write_bytes(b"no GGUF file")
+    elif how == "removed":
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    save_gguf(tmp_path / "b.gguf", file.tensors, file)
+    assert (tmp_path / "b.gguf").read_bytes() == expected.read_bytes()
+
+
 def test_as_gguf_reads_it(tmp_path: Path, ggml_fmt: formats.Format) -> None:
     blocks = torch_q4.quantize(torch.randn(3, 512), ggml_fmt)
     plain = torch.randn(2, 3, 4)
@@ -143,6 +166,25 @@ def test_a_key_keeps_its_type(tmp_path: Path) -> None:
     assert torch_q4.load_gguf(tmp_path / "b.gguf").metadata == dict(metadata)
 
 
+def test_an_array_keeps_its_type_under_another_name(tmp_path: Path) -> None:
+    file = torch_q4.load_gguf(write_with_gguf(tmp_path / "a.gguf"))
+    metadata = GGUFMetadata(dict(file.metadata))
+    for key, value in file.metadata.items():
+        if key.startswith("list."):
+            metadata[f"new.{key}"] = value
+    metadata["list.UINT16"] = file.metadata["list.INT8"]  # which does not fit
+    save_gguf(tmp_path / "b.gguf", {}, metadata)
+    again = torch_q4.load_gguf(tmp_path / "b.gguf").metadata
+    for key, value in file.metadata.items():
+        if key.startswith("list."):
+            assert again[f"new.{key}"] == value
+            assert again[f"new.{key}"].type == value.type == key.removeprefix("list.").lower()
+    assert again["list.UINT16"].type == "int8"
+    metadata["list.INT8"] = file.metadata["list.UINT8"][:0]  # fits as every empty list does
+    save_gguf(tmp_path / "b.gguf", {}, metadata)
+    assert torch_q4.load_gguf(tmp_path / "b.gguf").metadata["list.INT8"].type == "int8"
+
+
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
@@ -150,6 +192,8 @@ def test_a_key_keeps_its_type(tmp_path: Path) -> None:
         (1j, TypeError, "'k' must be a str, int, float, bool or a list of these, got 1j"),
         ([1, "x"], ValueError, "elements of 'k' must have one type, got string, uint32"),
         (None, TypeError, "got None"),
+        ([[1], [2]], ValueError, "'k' must not be a list of lists"),
+        ([[]], ValueError, "'k' must not be a list of lists"),
     ],
 )
 def test_values_that_gguf_cannot_hold(value, error, message: str) -> None:
@@ -165,6 +209,15 @@ def test_set_checks() -> None:
         metadata.set("k", True, "uint8")
     with pytest.raises(ValueError, match=r"type must be one of uint8, .*, got 'int'"):
         metadata.set("k", 1, "int")
+    for element in ("int", "array"):
+        with pytest.raises(ValueError, match=rf"type must be one of uint8, .*, got '{element}'"):
+            metadata.set_array("k", [], element)
+    with pytest.raises(TypeError, match="must be a string, got 1"):
+        metadata.set_array("k", [1], "string")
+    with pytest.raises(ValueError, match="a key must not be empty, got ''"):
+        metadata[""] = 1
+    with pytest.raises(TypeError, match="a key must be a string, got 1"):
+        metadata[1] = 1
     assert len(metadata) == 0
 
 
@@ -189,9 +242,37 @@ def test_refused(tmp_path: Path, tensor, error, message: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_alignment_must_be_a_power_of_two(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"general.alignment must be a power of two, got 24"):
-        save_gguf(tmp_path / "a.gguf", {}, {"general.alignment": 24})
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [(24, "24, uint32"), (0, "0, uint32"), (2**40, "1099511627776, int64"), (-8, "-8, int32"),
+     ("32", "'32', string"), ([32], r"\[32\], array"), (True, "True, bool")],
+)  # fmt: skip
+def test_alignment_must_be_a_power_of_two(tmp_path: Path, value: object, got: str) -> None:
+    rule = f"general.alignment must be a power of two of type uint32, got {got}$"
+    with pytest.raises(ValueError, match=rule):
+        save_gguf(tmp_path / "a.gguf", {"t": torch.ones(2)}, {"general.alignment": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_padding_takes_no_memory(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2), "b": torch.ones(2)}
+    tracemalloc.start()
+    try:
+        save_gguf(tmp_path / "a.gguf", tensors, {"general.alignment": 1 << 24})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+    file = torch_q4.load_gguf(tmp_path / "a.gguf")
+    assert file.alignment == 1 << 24
+    assert all(torch.equal(file.tensors[name].data, tensors[name]) for name in tensors)
+
+
+def test_names_of_tensors(tmp_path: Path) -> None:
+    save_gguf(tmp_path / "a.gguf", {"ü" * 31 + "x": torch.ones(2)})
+    with pytest.raises(ValueError, match="must have a name of at most 63 bytes, got 64"):
+        save_gguf(tmp_path / "b.gguf", {"ü" * 32: torch.ones(2)})
+    assert not (tmp_path / "b.gguf").exists()
 
 
 # ---- interrupted, no room ------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch_q4 import QuantEmbedding, QuantLinear
 
 transformers = pytest.importorskip("transformers")
 
+import torch_q4.integrations.transformers as integration  # noqa: E402
 from torch_q4.integrations.transformers import _ARCHITECTURES, load_gguf_model  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -174,7 +175,7 @@ def status(field):
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
 
-integration._tokenizer = lambda file: None  # the tokenizer's memory is transformers' affair
+integration._tokenizer = lambda file, rows: None  # the tokenizer's memory is transformers' affair
 before = status("VmRSS")
 model, _ = integration.load_gguf_model(sys.argv[1], progress=False)
 peak = status("VmHWM") - before
@@ -682,6 +683,220 @@ def test_refused(tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"load_gguf_model: {message}")) as caught:
         load_gguf_model(path, progress=False)
     assert str(caught.value).endswith(f" ({path})")
+
+
+def changed(path: Path, changes: dict[str, Any], tensors: dict[str, Any] | None = None) -> Path:
+    """The file with other keys (None: without the key; a tuple: an array and its type)."""
+    file = torch_q4.load_gguf(path)
+    metadata = torch_q4.GGUFMetadata(file)
+    for key, value in changes.items():
+        if value is None:
+            del metadata[key]
+        elif isinstance(value, tuple):
+            metadata.set_array(key, *value)
+        else:
+            metadata[key] = value
+    torch_q4.save_gguf(path, file.tensors | (tensors or {}), metadata)
+    return path
+
+
+# Of the byte-level tokenizer: 96 tokens, as many as the model has rows.
+SHORT = ([f"t{n}" for n in range(50)], "string")
+TOKENIZER_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "model": ({"model": "bert"}, "model' must be one of gpt2, llama, t5, got 'bert'"),
+    "model list": (
+        {"model": (["gpt2"], "string")},
+        "model' must be one of gpt2, llama, t5, got GGUFArray(string, 1 elements: ['gpt2'])",
+    ),
+    "no tokens": ({"tokens": None}, "tokens' must be an array of strings, got None"),
+    "numbers as tokens": (
+        {"tokens": ([1] * 96, "int8")},
+        "tokens' must be an array of strings, got GGUFArray(int8, 96 elements: [1, 1, 1, 1, ...])",
+    ),
+    "empty": (
+        {"tokens": ([], "string")},
+        "tokens' must have 1 to 96 elements, as there are embeddings, got 0",
+    ),
+    "more tokens than rows": (
+        {"tokens": (["x"] * 97, "string")},
+        "tokens' must have 1 to 96 elements, as there are embeddings, got 97",
+    ),
+    "id beyond the tokens": (
+        {"tokens": SHORT, "unknown_token_id": 60},
+        "unknown_token_id' must be a token, below 50, got 60",
+    ),
+    "id of another type": (
+        {"padding_token_id": "0"},
+        "padding_token_id' must be a token, below 96, got '0'",
+    ),
+    "huge id": (
+        {"unknown_token_id": 2**64 - 1},
+        "unknown_token_id' must be a token, below 96, got 18446744073709551615",
+    ),
+    "types of others": (
+        {"token_type": ([1] * 95, "int32")},
+        "token_type' must have 96 elements, as tokens has, got 95",
+    ),
+    "types of strings": (
+        {"token_type": (["1"] * 96, "string")},
+        "token_type' must be an array of uint8, uint16, uint32, uint64, int8, int16, int32 or "
+        "int64, got GGUFArray(string, 96 elements: ['1', '1', '1', '1', ...])",
+    ),
+    "no number as a score": (
+        {"scores": ([0.0, float("nan")] * 48, "float32")},
+        "scores' must be numbers, got nan at 1",
+    ),
+    "no merges": ({"merges": None}, "merges' must be there for a gpt2 tokenizer, got None"),
+    "merge of a token": (
+        {"merges": (["h e", "he"], "string")},
+        "merges' must be two tokens that make up a third, with one space between, got 'he' at 1",
+    ),
+    "merge of three": (
+        {"merges": (["t h e"], "string")},
+        "merges' must be two tokens that make up a third, with one space between, got 't h e' at 0",
+    ),
+    "merge into no token": (
+        {"merges": (["h e", "e h"], "string")},
+        "merges' must be two tokens that make up a third, with one space between, got 'e h' at 1",
+    ),
+    "flag": ({"add_bos_token": 1}, "add_bos_token' must be true or false, got 1"),
+    "pre": ({"pre": 3}, "pre' must be a string, got 3"),
+    "no scores": (
+        {"model": "llama", "merges": None},
+        "scores' must be there for a llama tokenizer, got None",
+    ),
+    "a long token to be cut": (
+        {"model": "llama", "merges": None, "scores": ([1.0] * 2, "float32"),
+         "tokens": (["x", "y" * 1025], "string"), "token_type": None,
+         "eos_token_id": 0},
+        "tokens' must have at most 1024 characters each where there are no merges, got 1025",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("small") / "small.gguf"
+    reference = random_model("llama", {})
+    add = lambda writer: add_byte_tokenizer(writer, "llama-bpe")  # noqa: E731
+    return write_gguf(path, reference, "llama", ["q8_0"], metadata=add).read_bytes()
+
+
+@pytest.mark.parametrize("case", TOKENIZER_REFUSED)
+def test_refused_tokenizers(tmp_path: Path, with_tokenizer: bytes, case: str) -> None:
+    changes, message = TOKENIZER_REFUSED[case]
+    path = tmp_path / "small.gguf"
+    path.write_bytes(with_tokenizer)
+    changed(path, {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    message = f"load_gguf_model: metadata 'tokenizer.ggml.{message} ({path})"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_gguf_model(path, progress=False)
+
+
+def test_a_tokenizer_without_a_token_for_unknown_characters(
+    tmp_path: Path,
+) -> None:
+    """Refused here, not at the first text that has such a character."""
+    reference = random_model("gemma3", GEMMA)
+    add = lambda writer: add_byte_tokenizer(writer, "default")  # noqa: E731
+    path = write_gguf(tmp_path / "small.gguf", reference, "gemma3", ["q8_0"], metadata=add)
+    changes = {"model": "llama", "merges": ([], "string")}
+    changed(path, {f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    rule = r"metadata 'tokenizer.ggml.\*' must describe a llama tokenizer that transformers can "
+    with pytest.raises(ValueError, match=f"load_gguf_model: {rule}build, got .*<unk>"):
+        load_gguf_model(path, progress=False)
+
+
+@pytest.mark.parametrize("model", ["none", "no_vocab"])
+def test_files_that_say_that_they_have_no_tokenizer(
+    tmp_path: Path, with_tokenizer: bytes, model: str
+) -> None:
+    path = tmp_path / "small.gguf"
+    path.write_bytes(with_tokenizer)
+    changed(path, {"tokenizer.ggml.model": model})
+    assert load_gguf_model(path, progress=False)[1] is None
+
+
+def test_the_tokenizer_is_of_the_file_that_was_loaded(
+    tmp_path: Path, with_tokenizer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another file gets its name while the model is made."""
+    path = tmp_path / "small.gguf"
+    path.write_bytes(with_tokenizer)
+
+    def replaced(*_: object) -> None:
+        path.unlink()
+        path.write_bytes(b"no GGUF file")
+
+    monkeypatch.setattr(integration, "_check_sizes", replaced)
+    _, tokenizer = load_gguf_model(path, progress=False)
+    assert tokenizer.decode(tokenizer("the cat").input_ids, skip_special_tokens=True) == "the cat"
+
+
+HEADS = "llama.attention.head_count"
+SIZES_REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "array": (
+        {HEADS: ([4, 4], "int32")},
+        {},
+        f"metadata '{HEADS}' must be a positive integer, got GGUFArray(int32, 2 elements: [4, 4])",
+    ),
+    "negative": ({HEADS: -4}, {}, f"metadata '{HEADS}' must be a positive integer, got -4"),
+    "huge": ({HEADS: 2**63}, {}, f"metadata '{HEADS}' must be below 2**32, got {2**63}"),
+    "more than the file has": (
+        {HEADS: 2**20, f"{HEADS}_kv": 2**20, "llama.embedding_length": 2**26},
+        {},
+        "tensor 'token_embd.weight' must have shape (96, 67108864), got (96, 256)",
+    ),
+    "feed-forward": (
+        {"llama.feed_forward_length": 2**31},
+        {},
+        "tensor 'blk.0.ffn_gate.weight' must have shape (2147483648, 256), got (512, 256)",
+    ),
+    "layers of one tensor": (
+        {"llama.block_count": 300},
+        {f"blk.{layer}.x": torch.ones(1) for layer in range(2, 300)},
+        "metadata 'llama.block_count' must be at most 35, with 9 tensors of a layer in the file, "
+        "got 300",
+    ),
+    "scalar embedding": (
+        {},
+        {"token_embd.weight": torch.tensor(1.0)},
+        "tensor 'token_embd.weight' must have 2 dimensions, got shape ()",
+    ),
+    "yarn": (
+        {"llama.rope.scaling.type": "yarn", "llama.rope.freq_base": 1.0,
+         "llama.rope.scaling.original_context_length": 64},
+        {},
+        "metadata 'llama.rope.freq_base' must be above 1 for yarn, got 1.0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SIZES_REFUSED)
+def test_refused_sizes(
+    tmp_path: Path, with_tokenizer: bytes, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Before a model of such sizes is made."""
+    changes, tensors, message = SIZES_REFUSED[case]
+    path = tmp_path / "small.gguf"
+    path.write_bytes(with_tokenizer)
+    changed(path, changes, tensors)
+
+    def made(*_: object, **__: object) -> None:
+        raise AssertionError("a model was made")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", made)
+    message = f"load_gguf_model: {message} ({path})"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_gguf_model(path, progress=False)
+
+
+def test_sliding_window_pattern_of_floats(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf", random_model("gemma3", GEMMA), "gemma3", ["q8_0"])
+    changed(path, {"gemma3.attention.sliding_window_pattern": ([1.0] * 7, "float32")})
+    rule = "'gemma3.attention.sliding_window_pattern' must be an array of bools or integers, got"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        load_gguf_model(path, progress=False)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gemma2"])

@@ -9,7 +9,7 @@ from torch_q4.checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
-from torch_q4.gguf import GGUFError, GGUFFile, GGUFTensor, load_gguf
+from torch_q4.gguf import GGUFArray, GGUFError, GGUFFile, GGUFTensor, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.importance import Importance, collect_importance, load_importance
 from torch_q4.nn import QuantEmbedding, QuantizeReport, QuantLinear, pack_, quantize_
@@ -27,6 +27,7 @@ from torch_q4.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "GGUFArray",
     "GGUFError",
     "GGUFFile",
     "GGUFMetadata",

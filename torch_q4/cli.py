@@ -27,7 +27,7 @@ from torch_q4.convert import (
     open_file,
     quantize_file,
 )
-from torch_q4.gguf import GGUFFile
+from torch_q4.gguf import GGUFArray, GGUFFile
 from torch_q4.importance import load_importance
 from torch_q4.ops import _LIBRARY, cpu_isa
 
@@ -332,7 +332,9 @@ def _print_json(value: Any) -> None:
             return None  # JSON has no infinity
         if isinstance(item, dict):
             return {key: plain(each) for key, each in item.items()}
-        return [plain(each) for each in item] if isinstance(item, (list, tuple)) else item
+        return (
+            [plain(each) for each in item] if isinstance(item, (list, tuple, GGUFArray)) else item
+        )
 
     print(json.dumps(plain(value), indent=2, ensure_ascii=False))
 
@@ -412,7 +414,7 @@ def _info(options: argparse.Namespace) -> int:
         return 0
     if options.metadata:
         for key, stored in file.metadata.items():
-            text = f"{len(stored)} values" if isinstance(stored, list) else repr(stored)
+            text = f"{len(stored)} values" if isinstance(stored, GGUFArray) else repr(stored)
             print(f"{key} = {text if len(text) <= 120 else text[:117] + '...'}")
         print()
     _print_table(

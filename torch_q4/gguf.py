@@ -4,8 +4,12 @@ Why not the ``gguf`` package's reader: it trusts the file. It loops over whateve
 header claims, so that one damaged count never returns; other damage surfaces as numpy's IndexError
 or a failed reshape, naming neither tensor nor file; and since it makes several numpy objects of
 each string, a vocabulary of 262 144 tokens costs it several seconds and about 700 MB. The parser
-below checks the whole structure against the file's size before it builds any value, and reads the
-same file in a few tenths of a second and 50 MB.
+below checks the whole structure against the file's size before it builds any value, and leaves
+arrays as the bytes that they are: a file costs about as much memory as its metadata have bytes, and
+time in proportion, whatever it holds.
+
+What llama.cpp refuses (``gguf_init_from_file`` in ``ggml/src/gguf.cpp``) is refused here, too:
+tensors that overlap or leave gaps, arrays of arrays, names of 64 bytes and more.
 
 The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3, little-endian::
 
@@ -15,7 +19,8 @@ The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3, l
     padding to ``general.alignment`` | tensor data
 
 A string is its length as u64, then UTF-8. An array is its element type u32, its length u64, then
-the elements.
+the elements. The data of a tensor begin where those of the tensor before it end, padded to the
+alignment.
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
+import reprlib
 import struct
-from collections.abc import Iterator
-from typing import Any, NoReturn
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -35,13 +42,14 @@ from torch_q4 import formats
 from torch_q4.formats import Format
 from torch_q4.ops import dequantize
 
-__all__ = ["GGUFError", "GGUFFile", "GGUFTensor", "load_gguf"]
+__all__ = ["GGUFArray", "GGUFError", "GGUFFile", "GGUFTensor", "load_gguf"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 had 32-bit counts; none of its files are around
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-_MAX_NESTING = 4  # arrays of arrays are legal, but no writer makes them: this bounds recursion
+_MAX_NAME_BYTES = 63  # GGML_MAX_NAME, less the byte that ends a string in C
+_HEADER_BYTES = 24
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -60,9 +68,14 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
+_TYPE_NAMES = {
+    "uint8": 0, "int8": 1, "uint16": 2, "int16": 3, "uint32": 4, "int32": 5, "float32": 6,
+    "bool": 7, "string": _STRING, "array": _ARRAY, "uint64": 10, "int64": 11, "float64": 12,
+}  # fmt: skip
+_NAMES_OF_TYPE = {kind: name for name, kind in _TYPE_NAMES.items()}
 # The fewest bytes that each kind of entry takes: what bounds the counts a file may claim.
-_MIN_VALUE_BYTES = {kind: code.size for kind, code in _SCALARS.items()} | {_STRING: 8, _ARRAY: 12}
-_MIN_KEY_BYTES = 8 + 4 + 1
+_MIN_ELEMENT_BYTES = {kind: code.size for kind, code in _SCALARS.items()} | {_STRING: 8}
+_MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
 
 # ggml's types that are plain numbers.
@@ -86,9 +99,129 @@ _GGML_TYPE_NAMES = {
     **{34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
 }
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 160
+
 
 class GGUFError(ValueError):
     """A file that is not a GGUF file, is damaged, or holds what this library cannot read."""
+
+
+class _ArrayPlace(NamedTuple):
+    """Where a file has an array: its elements' type, start and number; of strings, their ends."""
+
+    kind: int
+    start: int
+    length: int
+    ends: array[int] | None
+
+
+class GGUFArray(Sequence[Any]):
+    """An array of a file's metadata: a read-only sequence over the bytes of the file.
+
+    Elements become Python's str, int, float or bool when they are asked for, so that an array costs
+    the bytes that it has in the file, not several times as many. It equals a list or a tuple of the
+    same values; a slice is a list. ``numpy.asarray(array)`` of numbers is a read-only view, without
+    a copy.
+
+    Attributes:
+        type: the name of the elements' type: ``"uint8"`` ... ``"float64"``, ``"bool"`` or
+            ``"string"``.
+    """
+
+    __slots__ = ("_count", "_ends", "_keys", "_kind", "_start")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, keys: bytes, place: _ArrayPlace) -> None:
+        self._keys = keys  # the file up to the end of its keys, which all of its arrays share
+        self._kind, self._start, self._count, self._ends = place
+
+    @property
+    def type(self) -> str:
+        """The name of the elements' type."""
+        return _NAMES_OF_TYPE[self._kind]
+
+    def __len__(self) -> int:
+        """How many elements there are."""
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        """An element, or a list of those in a slice."""
+        if isinstance(index, slice):
+            if self._ends is None:
+                return self._numbers()[index].tolist()
+            return [self._string(place) for place in range(self._count)[index]]
+        try:
+            place = range(self._count)[index]
+        except IndexError:
+            raise IndexError(
+                f"GGUFArray: an index must be below {self._count}, got {index}"
+            ) from None
+        return self._numbers()[place].item() if self._ends is None else self._string(place)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The elements, in order."""
+        if self._ends is None:
+            numbers = self._numbers()
+            for start in range(0, self._count, 4096):
+                yield from numbers[start : start + 4096].tolist()
+            return
+        start = self._start
+        for end in self._ends:
+            yield str(self._keys[start + 8 : end], "utf-8")
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the elements are those of another array, list or tuple."""
+        if not isinstance(other, (GGUFArray, list, tuple)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        """The first elements: a vocabulary has hundreds of thousands."""
+        more = ", ..." if self._count > 4 else ""
+        shown = ", ".join(map(_shown, self[:4]))
+        return f"GGUFArray({self.type}, {self._count} elements: [{shown}{more}])"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """Numbers as a read-only view; strings as an array of objects."""
+        found = np.array(list(self), dtype=object) if self._ends is not None else self._numbers()
+        if copy is False and (
+            self._ends is not None or (dtype is not None and np.dtype(dtype) != found.dtype)
+        ):
+            raise ValueError(
+                f"GGUFArray: copy must not be False for {self.type} as {dtype}, got False"
+            )
+        return found.astype(dtype if dtype is not None else found.dtype, copy=bool(copy))
+
+    def tolist(self) -> list[Any]:
+        """The elements as a list."""
+        return list(self)
+
+    def _numbers(self) -> np.ndarray[Any, Any]:
+        code = _SCALARS[self._kind].format
+        # A bool may be any byte in the file, and numpy takes the byte for the bool as it is.
+        stored = np.dtype("u1" if code == "<?" else code)
+        found = np.frombuffer(self._keys, stored, self._count, self._start)
+        if code != "<?":
+            return found
+        if self._count and found.max() > 1:
+            found = (found != 0).view("u1")
+            found.flags.writeable = False
+        return found.view(np.bool_)
+
+    def _string(self, place: int) -> str:
+        assert self._ends is not None
+        start = self._ends[place - 1] if place else self._start
+        return str(self._keys[start + 8 : self._ends[place]], "utf-8")
+
+    def _encoded(self) -> bytes:
+        """The bytes by which the file holds the array: element type, length, elements."""
+        if self._ends is None:
+            end = self._start + self._count * _SCALARS[self._kind].size
+        else:
+            end = self._ends[-1] if self._count else self._start
+        return struct.pack("<IQ", self._kind, self._count) + self._keys[self._start : end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +288,8 @@ class GGUFFile:
         version: GGUF version.
         alignment: bytes to which tensor data is aligned.
         architecture: ``general.architecture``, or None where the file does not say.
-        metadata: key to str, int, float, bool or a list of these, in file order.
+        metadata: key to str, int, float, bool or a :class:`GGUFArray` of these, in file order. They
+            are the process's own: what becomes of the path does not change them.
         tensors: name to :class:`GGUFTensor`, in file order.
     """
 
@@ -165,6 +299,8 @@ class GGUFFile:
     architecture: str | None
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    # The file up to the end of its keys, as it was read: what a copy of the file gets.
+    _keys: bytes
 
     def __repr__(self) -> str:
         """Counts, not contents: a vocabulary has hundreds of thousands of entries."""
@@ -186,15 +322,17 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
     Raises:
         OSError: the file cannot be opened or mapped.
-        GGUFError: the file is not GGUF, is damaged or truncated, or holds a tensor of an unknown
-            type. A ``ValueError``; the message has the rule that does not hold, the value and the
-            path.
+        GGUFError: the file is not GGUF, is damaged or truncated, breaks a rule that llama.cpp
+            holds files to, or holds a tensor of an unknown type. A ``ValueError``; the message has
+            the rule that does not hold, the value and the path.
     """
     name = os.fspath(path)
     with open(name, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size < 24:
-            raise GGUFError(f"load_gguf: a file must have at least 24 bytes, got {size} ({name})")
+        if size < _HEADER_BYTES:
+            raise GGUFError(
+                f"load_gguf: a file must have at least {_HEADER_BYTES} bytes, got {size} ({name})"
+            )
         data = mmap.mmap(
             file.fileno(),
             size,
@@ -217,131 +355,137 @@ class _TensorInfo:
 
 
 class _Parser:
-    """A cursor over the map that never passes the file's end."""
+    """A cursor over a file's bytes that never passes their end."""
 
-    def __init__(self, data: mmap.mmap, path: str) -> None:
+    def __init__(self, data: mmap.mmap | bytes, path: str) -> None:
         self.data = data
         self.path = path
         self.size = len(data)
         self.pos = 0
+        # What is being read, which errors have in the place of "{}". Its words are put together
+        # only when there is an error, since a file can have a million keys.
+        self.subject: tuple[str, object] = ("the header", None)
 
     def fail(self, rule: str, value: object) -> NoReturn:
+        words, name = self.subject
+        rule = rule.replace("{}", words if name is None else f"{words} {_shown(name)}")
         raise GGUFError(f"load_gguf: {rule}, got {value} ({self.path})")
 
-    def take(self, count: int, what: str) -> int:
+    def take(self, count: int) -> int:
         """Moves past ``count`` bytes and returns where they start."""
         start = self.pos
-        if start + count > self.size:
-            self.fail(f"{what} must end within the file, at byte {self.size}", start + count)
+        if count > self.size - start:
+            self.fail(f"{{}} must end within the file, at byte {self.size}", start + count)
         self.pos = start + count
         return start
 
-    def number(self, code: struct.Struct, what: str) -> Any:
-        return code.unpack_from(self.data, self.take(code.size, what))[0]
+    def number(self, code: struct.Struct) -> Any:
+        start = self.pos
+        self.pos = end = start + code.size
+        if end > self.size:
+            self.pos = start
+            self.take(code.size)
+        return code.unpack_from(self.data, start)[0]
 
-    def string(self, what: str) -> str:
-        length = self.number(_U64, what)
-        start = self.take(length, what)
-        return self.decode(start, self.pos, what)
-
-    def decode(self, start: int, end: int, what: str) -> str:
-        raw = self.data[start:end]
+    def string(self, longest: int | None = None) -> str:
+        length = self.number(_U64)
+        if longest is not None and length > longest:
+            self.fail(f"{{}} must have at most {longest} bytes", length)
+        raw = self.data[self.take(length) : self.pos]
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError as error:
-            self.fail(f"{what} must be UTF-8", f"{raw[error.start : error.start + 8]!r}")
+            self.fail("{} must be UTF-8", f"{raw[error.start : error.start + 8]!r}")
 
     def count(self, each: int, what: str) -> int:
         """A count of entries, of at least ``each`` bytes: more than fit are refused at once."""
-        count: int = self.number(_U64, what)
+        count: int = self.number(_U64)
         limit = (self.size - self.pos) // each
         if count > limit:
             self.fail(f"{what} must be at most the {limit} that fit into the file", count)
         return count
 
-    def value(self, kind: int, what: str, build: bool, depth: int = 0) -> Any:
-        """A metadata value of type ``kind``; if not ``build``, only moves past it."""
+    def value(self) -> tuple[int, Any]:
+        """A metadata value's type and the value; of an array only the place."""
+        kind = self.number(_U32)
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind], what)
+            return kind, self.number(_SCALARS[kind])
         if kind == _STRING:
-            return self.strings(1, what, build)[0]
+            return kind, self.string()
         if kind != _ARRAY:
-            self.fail(f"{what} must have a value type of 0 to 12", kind)
-        if depth == _MAX_NESTING:
-            self.fail(f"{what} must nest at most {_MAX_NESTING} arrays", "more")
-        element = self.number(_U32, what)
-        if element not in _MIN_VALUE_BYTES:
-            self.fail(f"{what} must have an element type of 0 to 12", element)
-        count = self.count(_MIN_VALUE_BYTES[element], f"the length of {what}")
-        if element in _SCALARS:
-            code = _SCALARS[element]
-            start = self.take(count * code.size, what)
-            # "<3f": one call for the whole array.
-            return (
-                list(struct.unpack_from(f"<{count}{code.format[1:]}", self.data, start))
-                if build
-                else None
-            )
+            self.fail("{} must have a value type of 0 to 12", kind)
+        element = self.number(_U32)
+        if element == _ARRAY:
+            self.fail("{} must have elements that are no arrays", "an array of arrays")
+        if element not in _MIN_ELEMENT_BYTES:
+            self.fail("{} must have an element type of 0 to 12", element)
+        count = self.count(_MIN_ELEMENT_BYTES[element], "the length of {}")
         if element == _STRING:
-            return self.strings(count, what, build)
-        values = [self.value(_ARRAY, what, build, depth + 1) for _ in range(count)]
-        return values if build else None
+            start = self.pos
+            return kind, _ArrayPlace(element, start, count, self.ends(count))
+        start = self.take(count * _SCALARS[element].size)
+        return kind, _ArrayPlace(element, start, count, None)
 
-    def strings(self, count: int, what: str, build: bool) -> list[str]:
-        """``count`` strings; a loop with nothing to spare, since vocabularies are large."""
+    def ends(self, count: int) -> array[int]:
+        """Where each of ``count`` strings ends; a loop with nothing to spare for vocabularies."""
         data, pos, size, unpack = self.data, self.pos, self.size, _U64.unpack_from
-        values: list[str] = []
+        ends = array("q")
         for _ in range(count):
-            start = pos + 8
-            if start <= size:
-                pos = start + unpack(data, pos)[0]
-            if max(start, pos) > size:
-                self.fail(f"{what} must end within the file, at byte {size}", max(start, pos))
-            if build:
-                try:
-                    values.append(str(data[start:pos], "utf-8"))
-                except UnicodeDecodeError:
-                    self.decode(start, pos, what)
+            start = pos
+            try:
+                pos += 8 + unpack(data, pos)[0]
+                if pos > size:
+                    raise IndexError
+                str(data[start + 8 : pos], "utf-8")
+            except (struct.error, IndexError, UnicodeDecodeError):
+                self.pos = start
+                self.string()  # says what is wrong
+            ends.append(pos)
         self.pos = pos
-        return values if build else [""]
+        return ends
 
     def parse(self) -> GGUFFile:
         version, tensor_count, key_count = self.header()
-        # First all of the structure, then the values: a wrong length leads to nonsense a few
-        # entries later, and is found before lists as long as it says are made.
-        places = dict(self.keys(key_count))
+        metadata: dict[str, Any] = {}
+        for key, kind, value, _ in self.keys(key_count):
+            if key in metadata:
+                self.fail("a metadata key must occur once", f"{_shown(key)} again")
+            metadata[key] = value
+            if key == "general.alignment" and not _is_alignment(kind, value):
+                shown = "" if kind == _ARRAY else f"{_shown(value)}, "
+                got = f"{shown}{_NAMES_OF_TYPE[kind]}"
+                self.fail("general.alignment must be a power of two of type uint32", got)
+        end_of_keys = self.pos
         infos = self.tensor_infos(tensor_count)
-        data_start = self.pos
-
-        metadata = {}
-        for key, (kind, place) in places.items():
-            self.pos = place
-            metadata[key] = self.value(kind, f"metadata {key!r}", build=True)
-
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        # A power of two has one bit set. (A bool is an int, hence `type`.)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            self.fail("general.alignment must be a power of two", repr(alignment))
+        places = self.locate(infos, self.pos + -self.pos % alignment, alignment)
+        # Not before here: a wrong length leads to nonsense a few entries later, and is found before
+        # anything as long as it says is made. A copy, so that whoever overwrites the file in place
+        # does not change what was read.
+        keys = self.data[:end_of_keys]
+        for key, value in metadata.items():
+            if isinstance(value, _ArrayPlace):
+                metadata[key] = GGUFArray(keys, value)
         architecture = metadata.get("general.architecture")
         if architecture is not None and not isinstance(architecture, str):
-            self.fail("general.architecture must be a string", repr(architecture))
-
-        data_start += -data_start % alignment
-        places_of_data = [self.locate(info, data_start, alignment) for info in infos]
+            self.fail("general.architecture must be a string", _shown(architecture))
+        parts = metadata.get("split.count", 0)
+        if type(parts) is not int:
+            self.fail("split.count must be an integer", _shown(parts))
         # numpy holds the map, the tensors hold numpy's array: the map goes when the last one does.
         base = torch.from_numpy(np.frombuffer(self.data, dtype=np.uint8))
         tensors = {
             info.name: _view(base, info, start, end)
-            for info, (start, end) in zip(infos, places_of_data, strict=True)
+            for info, (start, end) in zip(infos, places, strict=True)
         }
-        return GGUFFile(self.path, version, alignment, architecture, metadata, tensors)
+        return GGUFFile(self.path, version, alignment, architecture, metadata, tensors, keys)
 
     def header(self) -> tuple[int, int, int]:
         """Version, tensor count, key count."""
-        magic = self.data[self.take(4, "the magic") : self.pos]
+        magic = self.data[self.take(4) : self.pos]
         if magic != _MAGIC:
             self.fail(f"a file must start with {_MAGIC!r}", repr(magic))
-        version = self.number(_U32, "the version")
+        version = self.number(_U32)
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
             if swapped in (1, *_VERSIONS):
@@ -351,69 +495,98 @@ class _Parser:
         key_count = self.count(_MIN_KEY_BYTES, "the metadata key count")
         return version, tensor_count, key_count
 
-    def keys(self, count: int) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Key, and the type and place of its value."""
-        seen = set()
+    def keys(self, count: int) -> Iterator[tuple[str, int, Any, int]]:
+        """Key, type, value, and where the value starts."""
         for index in range(count):
-            key = self.string(f"metadata key {index}")
-            what = f"metadata {key!r}"
-            if key in seen:
-                self.fail("a metadata key must occur once", f"{key!r} again")
-            seen.add(key)
-            kind = self.number(_U32, what)
-            place = self.pos
-            self.value(kind, what, build=False)
-            yield key, (kind, place)
+            self.subject = ("metadata key", index)
+            key = self.string()
+            self.subject = ("metadata", key)
+            if not key:
+                self.fail("a metadata key must not be empty", "''")
+            start = self.pos + _U32.size
+            yield key, *self.value(), start
 
     def tensor_infos(self, count: int) -> list[_TensorInfo]:
         infos: dict[str, _TensorInfo] = {}
         for index in range(count):
-            name = self.string(f"the name of tensor {index}")
-            what = f"tensor {name!r}"
+            self.subject = ("the name of tensor", index)
+            name = self.string(_MAX_NAME_BYTES)
+            self.subject = ("tensor", name)
             if name in infos:
                 self.fail("a tensor name must occur once", f"{name!r} again")
-            n_dims = self.number(_U32, what)
+            n_dims = self.number(_U32)
             if n_dims > _MAX_DIMS:
-                self.fail(f"{what} must have at most {_MAX_DIMS} dimensions", n_dims)
-            dims = tuple(self.number(_U64, what) for _ in range(n_dims))
-            kind = self.number(_U32, what)
-            infos[name] = _TensorInfo(name, dims, kind, self.number(_U64, what))
+                self.fail(f"{{}} must have at most {_MAX_DIMS} dimensions", n_dims)
+            dims = tuple(self.number(_U64) for _ in range(n_dims))
+            kind = self.number(_U32)
+            infos[name] = _TensorInfo(name, dims, kind, self.number(_U64))
         return list(infos.values())
 
-    def locate(self, info: _TensorInfo, data_start: int, alignment: int) -> tuple[int, int]:
-        """The bytes of the file that hold a tensor: from, to."""
-        what = f"tensor {info.name!r}"
+    def locate(
+        self, infos: list[_TensorInfo], data_start: int, alignment: int
+    ) -> list[tuple[int, int]]:
+        """The bytes of the file that hold each tensor: from, to."""
+        places = []
+        offset = 0
+        for info in infos:
+            self.subject = ("tensor", info.name)
+            item, nbytes = self.sizes(info)
+            if info.offset != offset:
+                self.fail(f"{{}} must have offset {offset}, where its data are due", info.offset)
+            start = data_start + offset
+            if start + nbytes > self.size:
+                rule = f"{{}} must lie within the file's {self.size} bytes"
+                self.fail(rule, f"bytes {start} to {start + nbytes}")
+            if start % item:  # possible only where the file sets an alignment below the default
+                self.fail(f"{{}} must start at a multiple of {item} bytes", start)
+            places.append((start, start + nbytes))
+            offset += nbytes + -nbytes % alignment
+        return places
+
+    def sizes(self, info: _TensorInfo) -> tuple[int, int]:
+        """Bytes of one number (1 for blocks), and of the tensor."""
         elements = 1
         for dim in info.dims:
             elements *= dim
         if not 0 < elements < 1 << 63:
-            self.fail(f"{what} must have 1 to 2**63 - 1 elements", f"dimensions {info.dims}")
+            self.fail("{} must have 1 to 2**63 - 1 elements", f"dimensions {info.dims}")
         if info.kind in _PLAIN:
             item = _PLAIN[info.kind].itemsize
-            nbytes = elements * item
-        else:
-            item = 1
-            try:
-                fmt = formats.get(info.kind)
-            except ValueError:
-                known = [str(dtype).removeprefix("torch.") for dtype in _PLAIN.values()]
-                known += [fmt.name for fmt in formats.all() if fmt.type_id >= 0]
-                name = _GGML_TYPE_NAMES.get(info.kind, "no type of ggml's")
-                self.fail(f"{what} must be one of {', '.join(known)}", f"{info.kind} ({name})")
-            columns = info.dims[0] if info.dims else 1
-            if columns % fmt.block_elems:
-                rule = f"{what} must have a multiple of {fmt.block_elems} columns for {fmt.name}"
-                self.fail(rule, columns)
-            nbytes = elements // columns * fmt.row_bytes(columns)
-        if info.offset % alignment:
-            self.fail(f"{what} must have an offset that is a multiple of {alignment}", info.offset)
-        start = data_start + info.offset
-        if start + nbytes > self.size:
-            rule = f"{what} must lie within the file's {self.size} bytes"
-            self.fail(rule, f"bytes {start} to {start + nbytes}")
-        if start % item:  # possible only where the file sets an alignment below the default
-            self.fail(f"{what} must start at a multiple of {item} bytes", start)
-        return start, start + nbytes
+            return item, elements * item
+        try:
+            fmt = formats.get(info.kind)
+        except ValueError:
+            known = [str(dtype).removeprefix("torch.") for dtype in _PLAIN.values()]
+            known += [fmt.name for fmt in formats.all() if fmt.type_id >= 0]
+            name = _GGML_TYPE_NAMES.get(info.kind, "no type of ggml's")
+            self.fail(f"{{}} must be one of {', '.join(known)}", f"{info.kind} ({name})")
+        columns = info.dims[0] if info.dims else 1
+        if columns % fmt.block_elems:
+            self.fail(
+                f"{{}} must have a multiple of {fmt.block_elems} columns for {fmt.name}", columns
+            )
+        return 1, elements // columns * fmt.row_bytes(columns)
+
+
+def _stored(file: GGUFFile) -> Iterator[tuple[str, int, Any, bytes]]:
+    """Key, type, value and the value's bytes of all that a file was read with."""
+    parser = _Parser(file._keys, file.path)
+    parser.pos = _HEADER_BYTES - _U64.size
+    for key, kind, value, start in parser.keys(parser.number(_U64)):
+        if isinstance(value, _ArrayPlace):
+            value = GGUFArray(file._keys, value)
+        yield key, kind, value, file._keys[start : parser.pos]
+
+
+def _is_alignment(kind: int, value: Any) -> bool:
+    """Whether llama.cpp takes a value of this type for ``general.alignment``."""
+    # A power of two has one bit set.
+    return kind == _TYPE_NAMES["uint32"] and value > 0 and not value & (value - 1)
+
+
+def _shown(value: Any) -> str:
+    """A value for an error: its beginning and its end where it is long."""
+    return _SHORT.repr(value)
 
 
 def _view(base: Tensor, info: _TensorInfo, start: int, end: int) -> GGUFTensor:

@@ -13,10 +13,9 @@ The layout is in :mod:`torch_q4.gguf`.
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -29,12 +28,17 @@ from torch_q4.gguf import (
     _DEFAULT_ALIGNMENT,
     _MAGIC,
     _MAX_DIMS,
+    _MAX_NAME_BYTES,
+    _NAMES_OF_TYPE,
     _PLAIN,
     _SCALARS,
     _STRING,
-    _U32,
+    _TYPE_NAMES,
+    GGUFArray,
     GGUFFile,
-    _Parser,
+    _is_alignment,
+    _shown,
+    _stored,
 )
 
 __all__ = ["GGUFMetadata", "GGUFWriter", "save_gguf"]
@@ -42,11 +46,7 @@ __all__ = ["GGUFMetadata", "GGUFWriter", "save_gguf"]
 _OP = "save_gguf"
 _VERSION = 3
 _TYPE_OF_PLAIN = {dtype: kind for kind, dtype in _PLAIN.items()}
-_TYPE_NAMES = {
-    "uint8": 0, "int8": 1, "uint16": 2, "int16": 3, "uint32": 4, "int32": 5, "float32": 6,
-    "bool": 7, "string": _STRING, "array": _ARRAY, "uint64": 10, "int64": 11, "float64": 12,
-}  # fmt: skip
-_NAMES_OF_TYPE = {kind: name for name, kind in _TYPE_NAMES.items()}
+_ZEROS = bytes(1 << 16)
 
 
 # ---- metadata ------------------------------------------------------------------------------------
@@ -66,40 +66,28 @@ class GGUFMetadata(MutableMapping[str, Any]):
 
     A mapping like ``GGUFFile.metadata``, except that each value keeps its type: what is not set
     anew is written as it was read. A new int becomes uint32, or int32 if negative, or the 64-bit
-    type where it does not fit; a float becomes float32, a list an array. Setting a key that exists
-    keeps its type where the value allows; :meth:`set` chooses one.
+    type where it does not fit; a float becomes float32, a list an array, and a :class:`GGUFArray`
+    stays what it is. Setting a key that exists keeps its type where the value allows; :meth:`set`
+    chooses one.
 
     Args:
         source: a :class:`GGUFFile`, another metadata object, or a plain mapping.
 
     Raises:
         TypeError: a value of a type that GGUF has none for.
-        ValueError: a number outside its type's range, or a list of mixed types.
+        ValueError: a number outside its type's range, a list of mixed types or of lists, or an
+            empty key.
     """
 
     def __init__(self, source: GGUFFile | Mapping[str, Any] | None = None) -> None:
         self._entries: dict[str, _Entry] = {}
         if isinstance(source, GGUFFile):
-            self._read(source)
+            for key, kind, value, raw in _stored(source):
+                self._entries[key] = _Entry(kind, raw, value)
         elif isinstance(source, GGUFMetadata):
             self._entries.update(source._entries)
         elif source is not None:
             self.update(source)
-
-    def _read(self, file: GGUFFile) -> None:
-        with (
-            open(file.path, "rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            parser = _Parser(data, file.path)
-            _, _, count = parser.header()
-            for index in range(count):
-                key = parser.string(f"metadata key {index}")
-                kind = parser.number(_U32, f"metadata {key!r}")
-                start = parser.pos
-                parser.value(kind, f"metadata {key!r}", build=False)
-                raw = data[start : parser.pos]
-                self._entries[key] = _Entry(kind, raw, file.metadata[key])
 
     def __getitem__(self, key: str) -> Any:
         """The value, as ``GGUFFile.metadata`` has it."""
@@ -109,12 +97,10 @@ class GGUFMetadata(MutableMapping[str, Any]):
         """Sets a value, with the type that the key had where it can hold the value."""
         old = self._entries.get(key)
         if old is not None:
-            if old.kind == _ARRAY and isinstance(value, (list, tuple)):
+            if old.kind == _ARRAY and isinstance(value, (list, tuple, GGUFArray)):
                 element = int.from_bytes(old.raw[:4], "little")
                 try:
-                    self._entries[key] = _Entry(
-                        _ARRAY, _encode_array(key, value, element), list(value)
-                    )
+                    self._set(key, value, _ARRAY, element)
                     return
                 except (TypeError, ValueError):
                     pass
@@ -124,8 +110,15 @@ class GGUFMetadata(MutableMapping[str, Any]):
                     return
                 except (TypeError, ValueError):
                     pass
-        kind = _natural_type(key, value)
-        self._entries[key] = _Entry(kind, _encode(key, value, kind), _plain(value))
+        self._set(key, value, _natural_type(key, value))
+
+    def _set(self, key: str, value: Any, kind: int, element: int | None = None) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"GGUFMetadata: a key must be a string, got {key!r}")
+        if not key:
+            raise ValueError("GGUFMetadata: a key must not be empty, got ''")
+        raw = _encode(key, value, kind) if element is None else _encode_array(key, value, element)
+        self._entries[key] = _Entry(kind, raw, _plain(value))
 
     def set(self, key: str, value: Any, type: str) -> None:
         """Sets a value with a type: ``"uint8"`` ... ``"float64"``, ``"bool"`` or ``"string"``.
@@ -139,9 +132,9 @@ class GGUFMetadata(MutableMapping[str, Any]):
             raise ValueError(
                 f"GGUFMetadata: type must be one of {', '.join(_TYPE_NAMES)}, got {type!r}"
             )
-        self._entries[key] = _Entry(kind, _encode(key, value, kind), _plain(value))
+        self._set(key, value, kind)
 
-    def set_array(self, key: str, values: list[Any], type: str) -> None:
+    def set_array(self, key: str, values: Sequence[Any], type: str) -> None:
         """Sets an array whose elements have a type, also an empty one.
 
         Raises:
@@ -149,11 +142,10 @@ class GGUFMetadata(MutableMapping[str, Any]):
             TypeError: an element of another kind.
         """
         element = _TYPE_NAMES.get(type)
-        if element is None:
-            raise ValueError(
-                f"GGUFMetadata: type must be one of {', '.join(_TYPE_NAMES)}, got {type!r}"
-            )
-        self._entries[key] = _Entry(_ARRAY, _encode_array(key, values, element), list(values))
+        if element is None or element == _ARRAY:
+            known = ", ".join(name for name in _TYPE_NAMES if name != "array")
+            raise ValueError(f"GGUFMetadata: type must be one of {known}, got {type!r}")
+        self._set(key, values, _ARRAY, element)
 
     def type(self, key: str) -> str:
         """The name of a key's type, such as ``"uint32"``."""
@@ -180,12 +172,17 @@ class GGUFMetadata(MutableMapping[str, Any]):
         """The alignment of tensor data that these keys ask for.
 
         Raises:
-            ValueError: it is no power of two.
+            ValueError: it is no power of two, or not of type uint32.
         """
-        alignment = self.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"{_OP}: general.alignment must be a power of two, got {alignment!r}")
-        return alignment
+        entry = self._entries.get("general.alignment")
+        if entry is None:
+            return _DEFAULT_ALIGNMENT
+        if not _is_alignment(entry.kind, entry.value):
+            raise ValueError(
+                f"{_OP}: general.alignment must be a power of two of type uint32, got "
+                f"{_shown(entry.value)}, {_NAMES_OF_TYPE[entry.kind]}"
+            )
+        return int(entry.value)
 
     def encode(self) -> bytes:
         """The file's table of keys."""
@@ -221,10 +218,11 @@ def _natural_type(key: str, value: Any) -> int:
         return _TYPE_NAMES["float32"]
     if isinstance(value, str):
         return _STRING
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, GGUFArray)):
         return _ARRAY
     raise TypeError(
-        f"GGUFMetadata: {key!r} must be a str, int, float, bool or a list of these, got {value!r}"
+        f"GGUFMetadata: {key!r} must be a str, int, float, bool or a list of these, "
+        f"got {_shown(value)}"
     )
 
 
@@ -250,11 +248,15 @@ def _encode(key: str, value: Any, kind: int) -> bytes:
         raise ValueError(f"GGUFMetadata: {key!r} must fit into {name}, got {value!r}") from None
 
 
-def _encode_array(key: str, values: list[Any] | tuple[Any, ...], element: int | None) -> bytes:
+def _encode_array(key: str, values: Sequence[Any], element: int | None) -> bytes:
     """An array's bytes; the element type is the widest that the values call for if not given."""
+    if isinstance(values, GGUFArray) and element in (None, _TYPE_NAMES[values.type]):
+        return values._encoded()
     if element is None:
         # An empty array has no values to tell a type from; the type then has no effect either.
         kinds = {_natural_type(key, value) for value in values} or {_TYPE_NAMES["int32"]}
+        if _ARRAY in kinds:  # GGUF has room for them, and llama.cpp refuses the whole file
+            raise ValueError(f"GGUFMetadata: {key!r} must not be a list of lists, got one")
         if len(kinds) > 1:
             if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
                 raise ValueError(
@@ -281,6 +283,11 @@ def _encode_array(key: str, values: list[Any] | tuple[Any, ...], element: int | 
 def _check_info(info: TensorInfo) -> None:
     """Refuses what a GGUF file cannot hold."""
     what = f"{_OP}: tensor {info.name!r}"
+    name_bytes = len(info.name.encode())
+    if name_bytes > _MAX_NAME_BYTES:
+        raise ValueError(
+            f"{what} must have a name of at most {_MAX_NAME_BYTES} bytes, got {name_bytes}"
+        )
     if len(info.shape) > _MAX_DIMS:
         raise ValueError(f"{what} must have at most {_MAX_DIMS} dimensions, got shape {info.shape}")
     if 0 in info.shape:
@@ -322,9 +329,12 @@ class GGUFWriter:
         self.infos = list(infos)
         self._alignment = self.metadata.alignment
         header = self._header()
-        size = len(header) + sum(self._padded(info.nbytes) for info in self.infos)
+        # The end of a file without tensors needs no padding, and other writers add none.
+        start = self._padded(len(header)) if self.infos else len(header)
+        size = start + sum(self._padded(info.nbytes) for info in self.infos)
         self._file = AtomicFile(path, size, _OP)
         self._head = header
+        self._head_padding = start - len(header)
         self._remaining = 0  # bytes that the current tensor still lacks
         self._next = 0
 
@@ -354,15 +364,14 @@ class GGUFWriter:
             parts.append(struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
             parts.append(struct.pack("<IQ", _type_id(info), offset))
             offset += self._padded(info.nbytes)
-        header = b"".join(parts)
-        # The end of a file without tensors needs no padding, and other writers add none.
-        return header if not self.infos else header + bytes(-len(header) % self._alignment)
+        return b"".join(parts)
 
     def __enter__(self) -> GGUFWriter:
         """Opens the file and writes its structure."""
         self._file.__enter__()
         try:
             self._file.write(self._head)
+            self._pad(self._head_padding)
         except BaseException as error:
             self._file.__exit__(type(error), error, error.__traceback__)
             raise
@@ -405,8 +414,12 @@ class GGUFWriter:
         self._file.write(data)
         self._remaining -= count
         if self._remaining == 0:
-            self._file.write(bytes(-info.nbytes % self._alignment))
+            self._pad(-info.nbytes % self._alignment)
         return count
+
+    def _pad(self, count: int) -> None:
+        while count:  # in pieces: an alignment can be 2 GiB
+            count -= self._file.write(_ZEROS[:count])
 
 
 def save_gguf(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_q4.gguf import GGUFError, load_gguf
+from torch_q4.gguf import GGUFArray, GGUFError, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.nn import QuantLinear
 
@@ -245,7 +245,7 @@ def _from_gguf(path: str) -> Importance:
     return Importance(
         sums,
         counts,
-        tuple(datasets) if isinstance(datasets, list) else (),
+        tuple(datasets) if isinstance(datasets, (list, GGUFArray)) else (),
         _count(file.metadata.get("imatrix.chunk_count")),
         _count(file.metadata.get("imatrix.chunk_size")),
     )

@@ -18,6 +18,7 @@ import torch
 from torch_q4 import formats
 from torch_q4._tensors import TensorInfo
 from torch_q4.formats import Format
+from torch_q4.gguf import GGUFArray
 
 __all__ = ["ARCHITECTURES", "ModelFacts", "Recipe", "all", "choose", "get"]
 
@@ -101,7 +102,9 @@ class ModelFacts:
         def number(name: str, default: int | None = None) -> int:
             key = f"{architecture}.{name}"
             value = metadata.get(key, default)
-            if isinstance(value, list) and value:  # one for each layer; the first one counts
+            if (
+                isinstance(value, (list, GGUFArray)) and value
+            ):  # one for each layer; the first one counts
                 value = value[0]
             if type(value) is not int or value < 0:
                 raise ValueError(f"quantize: metadata {key!r} must be a number, got {value!r}")

@@ -19,11 +19,13 @@ import tempfile
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFFile, GGUFTensor, load_gguf
+from torch_q4.gguf import GGUFArray, GGUFFile, GGUFTensor, _shown, load_gguf
+from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.nn import QuantEmbedding, QuantLinear, pack_
 
 # Older ones convert GGUF tokenizers wrongly, without a word.
@@ -44,6 +46,7 @@ try:
         PreTrainedTokenizerBase,
         PreTrainedTokenizerFast,
     )
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 except ImportError as error:
     raise ImportError(
         "torch_q4.integrations.transformers needs transformers "
@@ -97,6 +100,8 @@ class _Metadata:
         value: Any = self.file.metadata.get(self.key(name), default)
         if type(value) is not int or value < 1:
             self.refuse(name, "be a positive integer", value)
+        if value >= 1 << 32:  # llama.cpp's are uint32, whatever the type in the file
+            self.refuse(name, "be below 2**32", value)
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -106,9 +111,12 @@ class _Metadata:
         return float(value)
 
     def refuse(self, name: str, rule: str, value: object) -> NoReturn:
-        raise ValueError(
-            f"{_OP}: metadata {self.key(name)!r} must {rule}, got {value!r} ({self.file.path})"
-        )
+        _refuse(self.file, self.key(name), rule, value)
+
+
+def _refuse(file: GGUFFile, key: str, rule: str, value: object, where: str = "") -> NoReturn:
+    got = f"{_shown(value)}{where}"
+    raise ValueError(f"{_OP}: metadata {key!r} must {rule}, got {got} ({file.path})")
 
 
 def _rope(metadata: _Metadata, default_theta: float) -> dict[str, Any]:
@@ -126,6 +134,8 @@ def _rope(metadata: _Metadata, default_theta: float) -> dict[str, Any]:
         return rope | {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         metadata.refuse("rope.scaling.type", "be none, linear or yarn", kind)
+    if rope["rope_theta"] <= 1:  # its logarithm is divided by
+        metadata.refuse("rope.freq_base", "be above 1 for yarn", rope["rope_theta"])
     rope |= {
         "rope_type": "yarn",
         "factor": factor,
@@ -171,6 +181,11 @@ def _base_config(metadata: _Metadata) -> dict[str, Any]:
             f"{_OP}: the file must have a tensor 'token_embd.weight', got none "
             f"({metadata.file.path})"
         )
+    if len(embedding.shape) != 2:
+        raise ValueError(
+            f"{_OP}: tensor 'token_embd.weight' must have 2 dimensions, got shape "
+            f"{embedding.shape} ({metadata.file.path})"
+        )
     return {
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
@@ -209,9 +224,13 @@ def _gemma3_config(metadata: _Metadata) -> dict[str, Any]:
     # Written by some converters only; the published models all have five local layers, then a
     # global one.
     pattern = metadata.get("attention.sliding_window_pattern")
-    if isinstance(pattern, list):
+    if isinstance(pattern, GGUFArray):
         if len(pattern) != layers:
             metadata.refuse("attention.sliding_window_pattern", f"have {layers} entries", pattern)
+        if pattern.type == "string" or pattern.type.startswith("float"):
+            metadata.refuse(
+                "attention.sliding_window_pattern", "be an array of bools or integers", pattern
+            )
         local = [bool(entry) for entry in pattern]
     else:
         period = metadata.integer("attention.sliding_window_pattern", 6)
@@ -311,10 +330,188 @@ _ARCHITECTURES = {
     "qwen2": _Architecture("qwen2", _qwen2_config, _DECODER),
     "qwen3": _Architecture("qwen3", _qwen3_config, _DECODER | _QK_NORMS),
 }
+# How many rows and columns a layer's weights have.
+_SHAPES: dict[str, Callable[[PreTrainedConfig], tuple[int, int]]] = {
+    "attn_q": lambda c: (c.num_attention_heads * c.head_dim, c.hidden_size),
+    "attn_k": lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size),
+    "attn_v": lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size),
+    "attn_output": lambda c: (c.hidden_size, c.num_attention_heads * c.head_dim),
+    "ffn_gate": lambda c: (c.intermediate_size, c.hidden_size),
+    "ffn_up": lambda c: (c.intermediate_size, c.hidden_size),
+    "ffn_down": lambda c: (c.hidden_size, c.intermediate_size),
+}
 # Llama 3's long-context scaling: divisors of the rotary frequencies, float32 (head_dim / 2,).
 _ROPE_FREQS = "rope_freqs.weight"
 # ``tokenizer.ggml.pre`` of Llama 3's vocabularies.
 _PRE_LLAMA3 = ("llama3", "llama-v3", "llama-bpe")
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+
+_TOKENIZER = "tokenizer.ggml."
+_NO_TOKENIZER = ("none", "no_vocab")  # llama.cpp's names for it
+_TOKENIZER_MODELS = ("gpt2", "llama", "t5")
+_TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
+_FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
+_INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
+# Merges that are not in the file are found by cutting each token in two everywhere, which takes the
+# square of its length. Real tokens have at most a few hundred characters.
+_LONGEST_TOKEN = 1024
+_UNKNOWN = "\U0010fffd"  # the last character for private use
+
+
+class _TokenizerMetadata:
+    """The keys that a tokenizer is made from, checked before transformers sees them.
+
+    Args:
+        file: the file.
+        rows: how many tokens the model has embeddings for.
+
+    Attributes:
+        kind: ``tokenizer.ggml.model``, or None where the file has no tokenizer.
+
+    Raises:
+        ValueError: a key is missing, of a wrong type or length, or does not fit the others.
+    """
+
+    def __init__(self, file: GGUFFile, rows: int) -> None:
+        self.file = file
+        self.kind: str | None = None
+        kind = self.get("model")
+        if kind is None or kind in _NO_TOKENIZER:
+            return
+        if kind not in _TOKENIZER_MODELS:
+            self.refuse("model", f"be one of {', '.join(_TOKENIZER_MODELS)}", kind)
+        self.kind = kind
+        tokens = self.get("tokens")
+        if not isinstance(tokens, GGUFArray) or tokens.type != "string":
+            self.refuse("tokens", "be an array of strings", tokens)
+        self.tokens = tokens
+        if not 1 <= len(tokens) <= rows:
+            rule = f"have 1 to {rows} elements, as there are embeddings"
+            self.refuse("tokens", rule, len(tokens))
+        self.check_scalars()
+        self.check_arrays()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.file.metadata.get(_TOKENIZER + name, default)
+
+    def refuse(self, name: str, rule: str, value: object, where: str = "") -> NoReturn:
+        _refuse(self.file, _TOKENIZER + name, rule, value, where)
+
+    def check_scalars(self) -> None:
+        for name in _TOKEN_IDS:
+            token = self.get(f"{name}_token_id")
+            if token is not None and not (type(token) is int and 0 <= token < len(self.tokens)):
+                self.refuse(f"{name}_token_id", f"be a token, below {len(self.tokens)}", token)
+        for name in _FLAGS:
+            if not isinstance(self.get(name, False), bool):
+                self.refuse(name, "be true or false", self.get(name))
+        if not isinstance(self.get("pre", ""), str):
+            self.refuse("pre", "be a string", self.get("pre"))
+        template = self.file.metadata.get("tokenizer.chat_template", "")
+        if not isinstance(template, str):
+            _refuse(self.file, "tokenizer.chat_template", "be a string", template)
+
+    def check_arrays(self) -> None:
+        scores, types, merges = self.get("scores"), self.get("token_type"), self.get("merges")
+        self.check_numbers("token_type", types, _INTEGERS)
+        self.check_numbers("scores", scores, ("float32", "float64", *_INTEGERS))
+        if scores is not None and np.isnan(np.asarray(scores)).any():
+            first = int(np.isnan(np.asarray(scores)).argmax())
+            self.refuse("scores", "be numbers", math.nan, f" at {first}")
+        # Gemma's tokens are in the order of their merges.
+        derived = merges is None and self.file.architecture != "gemma3"
+        if scores is None and (self.kind == "t5" or (self.kind == "llama" and derived)):
+            self.refuse("scores", f"be there for a {self.kind} tokenizer", None)
+        if merges is not None:
+            if not isinstance(merges, GGUFArray) or merges.type != "string":
+                self.refuse("merges", "be an array of strings", merges)
+            self.check_merges(merges)
+            return
+        if self.kind == "gpt2":
+            self.refuse("merges", "be there for a gpt2 tokenizer", None)
+        longest = max(map(len, self.tokens))
+        if longest > _LONGEST_TOKEN:
+            rule = f"have at most {_LONGEST_TOKEN} characters each where there are no merges"
+            self.refuse("tokens", rule, longest)
+
+    def check_numbers(self, name: str, values: Any, types: tuple[str, ...]) -> None:
+        if values is None:
+            return
+        if not isinstance(values, GGUFArray) or values.type not in types:
+            self.refuse(name, f"be an array of {', '.join(types[:-1])} or {types[-1]}", values)
+        if len(values) != len(self.tokens):
+            self.refuse(name, f"have {len(self.tokens)} elements, as tokens has", len(values))
+
+    def check_merges(self, merges: GGUFArray) -> None:
+        known = set(self.tokens)
+        if self.kind == "gpt2":
+            # Transformers spells what is not in the alphabet of bytes in it.
+            spelling = bytes_to_unicode()
+            alphabet = set(spelling.values())
+            for token in [token for token in known if not alphabet.issuperset(token)]:
+                known.discard(token)
+                known.add("".join(spelling[byte] for byte in token.encode()))
+        else:
+            # And Gemma's spaces as sentencepiece does.
+            known.update("\u2581" * len(token) for token in self.tokens if not token.strip(" "))
+        for place, merge in enumerate(merges):
+            left, space, right = merge.partition(" ")
+            if not (space and left in known and right in known and left + right in known):
+                rule = "be two tokens that make up a third, with one space between"
+                self.refuse("merges", rule, merge, f" at {place}")
+
+    def keys(self) -> GGUFMetadata:
+        """The keys, and no other: what else is in the file would be read for nothing."""
+        kept = {"general.architecture", "tokenizer.chat_template"}
+        kept.update(_TOKENIZER + name for name in ("model", "pre", "tokens", "scores", "merges"))
+        kept.update(_TOKENIZER + name for name in ("token_type", *_FLAGS))
+        kept.update(f"{_TOKENIZER}{name}_token_id" for name in _TOKEN_IDS)
+        metadata = GGUFMetadata(self.file)
+        for key in self.file.metadata:
+            if key not in kept:
+                del metadata[key]
+        return metadata
+
+
+def _tokenizer(file: GGUFFile, rows: int) -> PreTrainedTokenizerBase | None:
+    """Transformers' own conversion of the tokenizer that the file describes."""
+    metadata = _TokenizerMetadata(file, rows)
+    if metadata.kind is None:
+        return None
+    # Which tokens to add to a text, where a file is silent, is llama.cpp's convention: a beginning
+    # for sentencepiece vocabularies and Llama 3's.
+    begins = metadata.kind == "llama" or metadata.get("pre") in _PRE_LLAMA3
+    # Not AutoTokenizer: it reads the file once more, only to look for a configuration, which takes
+    # three times as long as the tokenizer. And not the file itself: a tokenizer.json that lies
+    # beside it would be preferred to it, and by now another file can have its name.
+    with tempfile.TemporaryDirectory() as folder:
+        save_gguf(os.path.join(folder, "model.gguf"), {}, metadata.keys())
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                folder,
+                gguf_file="model.gguf",
+                local_files_only=True,
+                padding_side="left",  # as generate() needs it
+                add_bos_token=metadata.get("add_bos_token", begins),
+                add_eos_token=metadata.get("add_eos_token", False),
+            )
+            # A character that no vocabulary has: now is the time to miss a token for unknown ones.
+            tokenizer(_UNKNOWN)
+        except (OSError, MemoryError):
+            raise
+        except BaseException as error:
+            # A panic of tokenizers' Rust code is a BaseException of a class that nobody can import.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"{_OP}: metadata {_TOKENIZER + '*'!r} must describe a {metadata.kind} tokenizer "
+                f"that transformers can build, got {type(error).__name__}: {error} ({file.path})"
+            ) from error
+    tokenizer.name_or_path = file.path
+    tokenizer.init_kwargs["name_or_path"] = file.path
+    return tokenizer
 
 
 # ---- loading -------------------------------------------------------------------------------------
@@ -373,6 +570,8 @@ def load_gguf_model(
             f"exceed float16's range, got {dtype} ({file.path})"
         )
     config = _config(file, architecture)
+    _check_sizes(file, config, architecture)
+    tokenizer = _tokenizer(file, config.vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _Loader(file, architecture, model, dtype, torch.device(device), compute, progress).load()
@@ -386,7 +585,7 @@ def load_gguf_model(
             "tokenizer.ggml.padding_token_id", file.metadata.get("tokenizer.ggml.eos_token_id")
         ),
     )
-    return model.eval(), _tokenizer(file)
+    return model.eval(), tokenizer
 
 
 def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
@@ -397,10 +596,7 @@ def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
         key = f"tokenizer.ggml.{name}_token_id"
         tokens[name] = token = file.metadata.get(key)
         if token is not None and not (type(token) is int and 0 <= token < base["vocab_size"]):
-            raise ValueError(
-                f"{_OP}: metadata {key!r} must be a token, below {base['vocab_size']}, "
-                f"got {token!r} ({file.path})"
-            )
+            _refuse(file, key, f"be a token, below {base['vocab_size']}", token)
     # Chat models end a turn with another token than a text.
     ends = {tokens[name]: None for name in ("eos", "eot", "eom") if tokens[name] is not None}
     try:
@@ -416,6 +612,25 @@ def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
         raise ValueError(
             f"{_OP}: metadata must suit {architecture.model_type}, got: {error} ({file.path})"
         ) from error
+
+
+def _check_sizes(file: GGUFFile, config: PreTrainedConfig, architecture: _Architecture) -> None:
+    """Compares what the model is made from with the file, before anything of such a size is made.
+
+    :meth:`_Loader.check` compares every tensor, but needs the model for it.
+    """
+    each = sum("{}" in name for name in architecture.names)
+    if config.num_hidden_layers * each > len(file.tensors):
+        rule = f"be at most {len(file.tensors) // each}, with {each} tensors of a layer in the file"
+        _refuse(file, f"{file.architecture}.block_count", rule, config.num_hidden_layers)
+    shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
+    shapes |= {f"blk.0.{name}.weight": shape(config) for name, shape in _SHAPES.items()}
+    for name, shape in shapes.items():
+        found = file.tensors.get(name)
+        if found is None or found.shape != shape:
+            rule = f"tensor {name!r} must have shape {shape}"
+            got = found.shape if found is not None else "no such tensor"
+            raise ValueError(f"{_OP}: {rule}, got {got} ({file.path})")
 
 
 class _Loader:
@@ -593,31 +808,3 @@ def _some(names: list[str]) -> str:
         return "none"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
-
-
-def _tokenizer(file: GGUFFile) -> PreTrainedTokenizerBase | None:
-    """Transformers' own conversion of the tokenizer that the file describes."""
-    if "tokenizer.ggml.model" not in file.metadata:
-        return None
-    # Which tokens to add to a text, where a file is silent, is llama.cpp's convention: a beginning
-    # for sentencepiece vocabularies and Llama 3's.
-    begins = (
-        file.metadata["tokenizer.ggml.model"] == "llama"
-        or file.metadata.get("tokenizer.ggml.pre") in _PRE_LLAMA3
-    )
-    # Not AutoTokenizer: it reads the file once more with the gguf package, only to look for a
-    # configuration, which takes three times as long as the tokenizer. And not in the file's own
-    # folder: a tokenizer.json that lies there would be preferred to the file.
-    with tempfile.TemporaryDirectory() as folder:
-        os.symlink(os.path.abspath(file.path), os.path.join(folder, "model.gguf"))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(
-            folder,
-            gguf_file="model.gguf",
-            local_files_only=True,
-            padding_side="left",  # as generate() needs it
-            add_bos_token=bool(file.metadata.get("tokenizer.ggml.add_bos_token", begins)),
-            add_eos_token=bool(file.metadata.get("tokenizer.ggml.add_eos_token", False)),
-        )
-    tokenizer.name_or_path = file.path
-    tokenizer.init_kwargs["name_or_path"] = file.path
-    return tokenizer
