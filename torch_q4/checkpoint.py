@@ -187,7 +187,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
             ``model.safetensors``, or with shards and their index.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a device or a FIFO.
+        MemoryError: the file cannot be mapped.
         ValueError: the file is damaged, or its metadata does not fit its tensors.
         ImportError: the ``safetensors`` package is not installed.
     """
@@ -270,6 +271,13 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, GGUFTensor]]:
     except SafetensorError as error:
         raise ValueError(
             f"load_safetensors: the file must be a whole safetensors file, got: {error} ({path})"
+        ) from error
+    except Exception as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"load_safetensors: memory must hold a map of {os.path.getsize(path)} bytes, got: "
+            f"{error} ({path})"
         ) from error
     packed = _json_object(metadata, _FORMATS, path)
     tensors = {}

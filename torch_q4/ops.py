@@ -129,11 +129,25 @@ def _has_values(tensor: Tensor) -> bool:
     )
 
 
-def check_finite(what: str, values: Tensor, *, not_negative: bool = False) -> None:
-    """Refuses NaN and infinities, and negative values if so asked; waits for a GPU's values.
+def find_not_finite(values: Tensor, *, or_negative: bool = False) -> tuple[int, ...] | None:
+    """The place of the first NaN or infinity, or negative value if so asked; waits for a GPU.
 
-    Does nothing where there are no values to look at: on the meta device, while tracing, under
-    vmap.
+    None where there are no values to look at: on the meta device, while tracing, under vmap.
+    """
+    if values.numel() == 0 or not _has_values(values):
+        return None
+    values = values.detach()
+    least, largest = (float(value) for value in torch.aminmax(values))  # NaN comes out of it, too
+    if math.isfinite(least) and math.isfinite(largest) and not (or_negative and least < 0):
+        return None
+    bad = ~values.isfinite()
+    if or_negative:
+        bad |= values < 0
+    return tuple(int(index) for index in bad.nonzero()[0])
+
+
+def check_finite(what: str, values: Tensor, *, not_negative: bool = False) -> None:
+    """Refuses what :func:`find_not_finite` finds.
 
     Args:
         what: how the error begins, as in ``"quantize: w"``.
@@ -143,19 +157,12 @@ def check_finite(what: str, values: Tensor, *, not_negative: bool = False) -> No
     Raises:
         ValueError: the message has the first value that is refused, and its place.
     """
-    if values.numel() == 0 or not _has_values(values):
-        return
-    least, largest = (float(value) for value in torch.aminmax(values.detach()))  # NaN is passed on
-    if math.isfinite(least) and math.isfinite(largest) and not (not_negative and least < 0):
-        return
-    bad = ~values.isfinite()
-    if not_negative:
-        bad |= values < 0
-    place = tuple(int(index) for index in bad.nonzero()[0])
-    raise ValueError(
-        f"{what} must be finite{' and not negative' if not_negative else ''}, got "
-        f"{float(values[place])} at {place}"
-    )
+    place = find_not_finite(values, or_negative=not_negative)
+    if place is not None:
+        raise ValueError(
+            f"{what} must be finite{' and not negative' if not_negative else ''}, got "
+            f"{float(values[place])} at {place}"
+        )
 
 
 def _check_dequantize(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> None:
