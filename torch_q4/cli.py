@@ -163,7 +163,7 @@ def _described(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {os.fsdecode(error.filename)}" if error.filename else ""
         return f"{error.strerror}{where}"
-    if isinstance(error, (ValueError, ImportError, OSError)):
+    if isinstance(error, (ValueError, TypeError, ImportError, OSError)):
         return str(error)
     # Not one that was foreseen: say what it is.
     first = next(iter(str(error).splitlines()), "")
