@@ -664,7 +664,8 @@ def _tune(options: argparse.Namespace) -> int:
             if not options.json:
                 for line in [*str(reports[-1]).splitlines(), ""]:
                     _say(line)
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     if options.json:
         _print_json([dataclasses.asdict(report) | {"dtype": options.dtype} for report in reports])
     return 0
