@@ -86,6 +86,7 @@ def in_a_child(
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
             prepare()
+            signal.alarm(120)  # a writer that hangs is a failure, too
             os.write(go, b"x")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
