@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickletools
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 import torch_q4
-from torch_q4 import QuantEmbedding, QuantLinear, formats
+from torch_q4 import QuantEmbedding, QuantLinear, checkpoint, formats
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -131,6 +133,39 @@ def test_shards_of_a_folder(tmp_path: Path) -> None:
         torch_q4.load_safetensors(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the index must be JSON, got: "),
+        ("[" * 200_000, "the index must be JSON, got: "),
+        ("[]", "the index must have a weight_map of names to files, got 'None'"),
+        ("{}", "must have a weight_map of names to files, got 'None'"),
+        ('{"weight_map": ["a"]}', "must have a weight_map of names to files, got"),
+        ('{"weight_map": {"x": 3}}', "must have a weight_map of names to files, got"),
+        ('{"weight_map": {"x": ["a"], "y": "a"}}', "must have a weight_map of names to files"),
+        ('{"weight_map": {"x": ""}}', r"shards must lie beside their index, got \[''\]"),
+        ('{"weight_map": {"x": ".."}}', r"shards must lie beside their index, got \['..'\]"),
+        ('{"weight_map": {"x": "a\\u0000"}}', r"shards must lie beside their index, got \['a.x00"),
+    ],
+)
+def test_a_damaged_index(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=f"^load_safetensors: .*{message}"):
+        torch_q4.load_safetensors(tmp_path)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A FIFO would be waited for, for ever."""
+    (tmp_path / "shards").mkdir()
+    for name in ("a.safetensors", "shards/model.safetensors.index.json"):
+        os.mkfifo(tmp_path / name)
+    for path in (tmp_path / "a.safetensors", tmp_path / "shards"):
+        with pytest.raises(OSError, match=r"load_safetensors: the path must be .*, got a FIFO"):
+            torch_q4.load_safetensors(path)
+    with pytest.raises(OSError, match="got a character device"):
+        torch_q4.load_safetensors("/dev/zero")
+
+
 def rewrite(path: Path, change) -> None:
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -167,6 +202,31 @@ def rewrite(path: Path, change) -> None:
             lambda h: h["__metadata__"].update({"torch_q4.ties": '{"a": "missing"}'}),
             r"ties must name tensors of the file, got \['missing'\]",
         ),
+        (
+            lambda h: h["__metadata__"].update({"torch_q4.formats": "[" * 200_000}),
+            r"metadata 'torch_q4.formats' must be a JSON object of strings, got '\[\[\[",
+        ),
+        (
+            lambda h: h["__metadata__"].update({"torch_q4.ties": '{"a": ' * 200_000}),
+            "metadata 'torch_q4.ties' must be a JSON object of strings",
+        ),
+        (
+            lambda h: h["__metadata__"].update({"torch_q4.ties": '{"a": 3}'}),
+            "metadata 'torch_q4.ties' must be a JSON object of strings",
+        ),
+        (
+            lambda h: h["__metadata__"].update({"torch_q4.ties": '{"w": "p"}'}),
+            r"a tied name must have no tensor of its own, got \['w'\]",
+        ),
+        (
+            lambda h: h["__metadata__"].update({"torch_q4.ties": '{"a": "b", "b": "a"}'}),
+            r"ties must name tensors of the file, got \['a', 'b'\]",
+        ),
+        (
+            lambda h: h["__metadata__"].update({"torch_q4.formats": {"w": "q8_0"}}),
+            "the file must be a whole safetensors file, got: ",
+        ),
+        (lambda h: h["w"].update({"dtype": "X7"}), "the file must be a whole safetensors file"),
         (
             lambda h: h["w"].update({"data_offsets": [0, 1 << 40]}),
             "the file must be a whole safetensors file, got: ",
@@ -232,3 +292,161 @@ def test_a_layer_by_itself(tmp_path: Path) -> None:
     )
     x = torch.randn(2, 256)
     assert torch.equal(again(x), layer(x))
+
+
+# ---- what a file may do to a model ---------------------------------------------------------------
+
+
+def with_ties(path: Path, ties: dict[str, str]) -> None:
+    rewrite(path, lambda header: header["__metadata__"].update({"torch_q4.ties": json.dumps(ties)}))
+
+
+def plain_file(path: Path) -> None:
+    """All of a model but its head, with no tie."""
+    torch_q4.save_checkpoint(Model(tied=False), path)
+    state = safetensors_torch.load_file(path)
+    del state["head.weight"]
+    torch_q4.save_safetensors(path, state)
+
+
+def everything(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """All attributes of all modules, but for the contents of parameters and buffers."""
+    return {
+        (name, key): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key not in ("_parameters", "_buffers", "_modules")
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "forward",
+        "first.forward",
+        "first.out_features",
+        "first.training",
+        "first._forward_hooks",
+        "first",
+        "",
+        ".",
+        "nowhere.weight",
+        "first.weight.data",
+        "first.bias.requires_grad",
+        "__class__",
+        "first._parameters",
+        "hidden",
+        "head.weight_format",
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_ties_set_nothing_but_entries_of_the_state(tmp_path: Path, name: str, strict: bool) -> None:
+    path = tmp_path / "a.safetensors"
+    plain_file(path)
+    with_ties(path, {"head.weight": "embedding.weight", name: "steps"})
+    model = Model(tied=False)
+    model.register_buffer("hidden", torch.tensor([7, 8, 9]), persistent=False)
+    before = everything(model)
+    if strict:
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            torch_q4.load_checkpoint(model, path)
+    else:
+        torch_q4.load_checkpoint(model, path, strict=False)
+        assert model.head.weight is model.embedding.weight
+    assert everything(model) == before
+    assert model.hidden.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("name", ["first.weight_format", "embedding.weight_format"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_ties_of_the_number_of_a_format(tmp_path: Path, name: str, strict: bool) -> None:
+    path = tmp_path / "a.safetensors"
+    torch_q4.save_checkpoint(quantized(), path)
+    state = torch_q4.load_safetensors(path).tensors
+    del state[name]  # type: ignore[attr-defined]
+    torch_q4.save_safetensors(path, state)
+    with_ties(path, {"head.weight": "embedding.weight", name: "second.weight_format"})
+    with pytest.raises(RuntimeError, match=f"{name}: the format must be"):
+        torch_q4.load_checkpoint(Model(), path, strict=strict)
+    with_ties(path, {"head.weight": "embedding.weight", name: "narrow.weight"})
+    with pytest.raises(ValueError, match=f"'{name}' must be one integer, got torch.float32"):
+        torch_q4.load_checkpoint(Model(), path, strict=strict)
+
+
+def test_ties_join_one_shape_and_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    plain_file(path)
+    with_ties(path, {"head.weight": "embedding.weight"})
+    model = Model(tied=False)
+    model.head.half()
+    with pytest.raises(ValueError, match=r"one shape and dtype, got \(64, 256\) torch.float16 for"):
+        torch_q4.load_checkpoint(model, path)
+    with_ties(path, {"head.weight": "narrow.weight"})
+    with pytest.raises(RuntimeError, match="size mismatch for head"):
+        torch_q4.load_checkpoint(Model(tied=False), path)
+
+
+def test_a_buffer_over_the_memory_of_a_parameter(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        layer = nn.Linear(4, 4)
+        layer.register_buffer("alias", layer.weight.detach())
+        return layer
+
+    torch_q4.save_checkpoint(model(), tmp_path / "a.safetensors")
+    assert torch_q4.load_safetensors(tmp_path / "a.safetensors").ties == {"alias": "weight"}
+    other = model()
+    other.alias = torch.zeros(4, 4)
+    torch_q4.load_checkpoint(other, tmp_path / "a.safetensors")
+    assert isinstance(other.weight, nn.Parameter)
+    assert not isinstance(other.alias, nn.Parameter)
+    assert other.alias.data_ptr() == other.weight.data_ptr()
+
+
+def test_ties_across_devices_keep_their_own_copies() -> None:
+    """A parameter is on one device. The meta device is one that is everywhere."""
+    model = Model(tied=False)
+    model.head.to("meta")
+    slots = checkpoint._slots(model)
+    checkpoint._tie("head.weight", slots["head.weight"], "embedding.weight",
+                    slots["embedding.weight"])  # fmt: skip
+    assert model.head.weight.is_meta
+    blocks: dict[Any, Any] = {}
+    stored = torch_q4.quantize(torch.randn(64, 256), "q6_k")
+    for name in ("embedding.weight", "head.weight"):
+        checkpoint._replace(model, name, formats.get("q6_k"), stored, "exact", blocks, "x")
+    assert model.head.blocks is not model.embedding.blocks
+
+
+def test_packed_weights_of_other_dimensions(tmp_path: Path, fmt: formats.Format) -> None:
+    path = tmp_path / "a.safetensors"
+    for shape in ((256,), (2, 128, 256), (0, 256), (128, 0)):
+        blocks = torch.zeros(*shape[:-1], fmt.row_bytes(shape[-1]), dtype=torch.uint8)
+        torch_q4.save_safetensors(path, {"first.weight": (blocks, fmt.name)})
+        model = Model()
+        words = rf"'first.weight' must have shape \(128, 256\), got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=f"load_checkpoint: {words}"):
+            torch_q4.load_checkpoint(model, path, strict=False)
+        assert type(model.first) is nn.Linear
+
+
+def test_nothing_is_replaced_before_all_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    torch_q4.save_checkpoint(quantized(), path)
+    model = Model()
+    model.second = nn.Identity()
+    with pytest.raises(ValueError, match=r"'second.weight' must be the weight of"):
+        torch_q4.load_checkpoint(model, path)
+    assert type(model.first) is nn.Linear
+    assert type(model.embedding) is nn.Embedding
+
+
+def test_a_bare_layer(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    layer = QuantLinear.from_linear(nn.Linear(256, 8), "q3_k")
+    torch_q4.save_checkpoint(layer, path)
+    other = QuantLinear(256, 8, "q3_k")
+    torch_q4.load_checkpoint(other, path)
+    x = torch.randn(2, 256)
+    assert torch.equal(other(x), layer(x))
+    with pytest.raises(ValueError, match="must hold the layers to replace, got a bare Linear"):
+        torch_q4.load_checkpoint(nn.Linear(256, 8), path)

@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,9 @@ import pytest
 import torch
 
 import torch_q4
-from torch_q4 import formats, recipes
+from torch_q4 import cli, formats, recipes
 from torch_q4.cli import main
-from torch_q4.convert import compare_files, dequantize_file, quantize_file
+from torch_q4.convert import compare_files, dequantize_file, lack_of_memory, quantize_file
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 256
@@ -265,6 +268,70 @@ def test_hugging_face_folder_with_like(tmp_path: Path, capsys) -> None:
     assert "like must go with a safetensors source" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("suffix", ["gguf", "safetensors"])
+def test_non_finite_weights_must_be_asked_for(
+    tmp_path: Path, value: float, suffix: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch_q4.convert._PANEL", 3 * COLUMNS)
+    w = torch.randn(2, 4, COLUMNS)
+    w[1, 2, 5] = w[1, 3, 0] = value
+    source, target = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    tensors = {"norm.weight": torch.full((COLUMNS,), value), "x.weight": w, "y.weight": w[0]}
+    if suffix == "gguf":
+        torch_q4.save_gguf(source, tensors, metadata())
+    else:
+        torch_q4.save_safetensors(source, tensors)
+    target.write_bytes(b"old")
+    arguments = ["quantize", str(source), str(target), "--type", "q5_k_s", "--pure"]
+    assert main(arguments) == 1
+    words = (
+        rf"tensor 'x.weight' must be finite \(--allow-nonfinite .*\), got {value} at \(1, 2, 5\)"
+    )
+    assert re.search(words, capsys.readouterr().err)
+    assert target.read_bytes() == b"old"
+    assert main([*arguments, "--allow-nonfinite"]) == 0
+    assert "note: 1 tensors are not finite, and blocks of theirs" in capsys.readouterr().err
+    found = compare_files(source, target).tensors
+    open_file = torch_q4.load_gguf if suffix == "gguf" else torch_q4.load_safetensors
+    blocks = open_file(target).tensors["x.weight"].blocks
+    assert torch.equal(blocks, torch.ops.torch_q4.quantize.default(w, 13))
+    assert {error.name: error.nonfinite for error in found}["norm.weight"] == 0  # it is copied
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_importance_must_be_a_mean_of_squares(dense: Path, tmp_path: Path, value: float) -> None:
+    importance = {"blk.0.ffn_up.weight": torch.ones(COLUMNS)}
+    importance["blk.0.ffn_up.weight"][7] = value
+    with pytest.raises(ValueError, match=r"'blk.0.ffn_up.weight' must be finite and not negative"):
+        quantize_file(dense, tmp_path / "q.gguf", "q4_0", importance=importance)
+    assert not (tmp_path / "q.gguf").exists()
+
+
+def test_the_target_is_none_of_the_files_that_it_is_made_from(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    torch_q4.save_safetensors(folder / "model.safetensors", {"a.weight": torch.randn(8, 64)})
+    (tmp_path / "link.safetensors").symlink_to(folder / "model.safetensors")
+    torch_q4.Importance({"a.weight": torch.ones(64)}, {"a.weight": torch.ones(1)}).save(
+        tmp_path / "imatrix.gguf"
+    )
+    torch_q4.save_gguf(tmp_path / "dense.gguf", {"a.weight": torch.randn(8, 64)})
+    options = ["--type", "q4_0", "--pure"]
+    before = (folder / "model.safetensors").read_bytes(), (tmp_path / "imatrix.gguf").read_bytes()
+    for source, target, more in (
+        (folder, folder / "model.safetensors", []),
+        (folder, tmp_path / "link.safetensors", []),
+        (tmp_path / "link.safetensors", folder / "model.safetensors", []),
+        (tmp_path / "dense.gguf", tmp_path / "imatrix.gguf", ["--imatrix"]),
+    ):
+        given = [*more, str(target)] if more else []
+        assert main(["quantize", str(source), str(target), *options, *given]) == 1
+        assert "the target must be another file than" in capsys.readouterr().err
+    after = (folder / "model.safetensors").read_bytes(), (tmp_path / "imatrix.gguf").read_bytes()
+    assert after == before
+
+
 # ---- dequantize, compare, info -------------------------------------------------------------------
 
 
@@ -317,6 +384,53 @@ def test_compare(tmp_path: Path, capsys) -> None:
     text = capsys.readouterr().out
     assert "of different shapes: shape" in text
     assert "4 tensors compared, 2 equal; NMSE mean inf, largest inf (null)" in text
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "places"),
+    [
+        ([NAN, NAN], [1.0, 2.0], 2),
+        ([1.0, 2.0], [NAN, 2.0], 1),
+        ([1.0, INF], [1.0, 3.0], 1),
+        ([1.0, INF], [1.0, -INF], 1),
+        ([NAN, INF], [INF, NAN], 2),
+        ([NAN, INF, -INF, 1.0], [NAN, INF, -INF, 1.0], 0),
+    ],
+)
+def test_compare_what_is_not_finite(
+    tmp_path: Path, a: list[float], b: list[float], places: int, dtype: torch.dtype, capsys
+) -> None:
+    good = torch.ones(3)
+    for name, values in (("a", a), ("b", b)):
+        tensors = {"good": good, "x": torch.tensor(values, dtype=dtype)}
+        torch_q4.save_safetensors(tmp_path / f"{name}.safetensors", tensors)
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    x = compare_files(*files).tensors[[e.name for e in compare_files(*files).tensors].index("x")]
+    assert x.nonfinite == places
+    status = 1 if places else 0
+    if places:
+        assert (x.nmse, x.max_error) == (INF, INF)
+        assert x.cosine != x.cosine
+    else:
+        assert (x.nmse, x.max_error, x.cosine) == (0, 0, 1)
+    assert main(["compare", *files, "--json"]) == status
+    row = {row["name"]: row for row in json.loads(capsys.readouterr().out)["tensors"]}["x"]
+    assert row["nonfinite"] == places
+    assert main(["compare", *files]) == status
+    text = capsys.readouterr().out
+    assert f"2 tensors compared, {2 - status} equal" in text
+    assert (f"x: {places} values are NaN or infinite in one file" in text) == bool(places)
+
+
+def test_compare_integers_that_float64_cannot_tell_apart(tmp_path: Path) -> None:
+    a = torch.tensor([2**53, -(2**63), 2**63 - 1, 5])
+    torch_q4.save_safetensors(tmp_path / "a.safetensors", {"x": a})
+    torch_q4.save_safetensors(tmp_path / "b.safetensors", {"x": a + torch.tensor([1, 0, 0, 0])})
+    (found,) = compare_files(tmp_path / "a.safetensors", tmp_path / "b.safetensors").tensors
+    assert found.max_error == 1
 
 
 def test_compare_in_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: Path) -> None:
@@ -425,7 +539,13 @@ def test_help_lists_the_commands(capsys) -> None:
             "format must be one of .*, got 'q9'",
         ),
         (["quantize", "a", "b", "--type", "q4_0", "--threads", "0"], "must be at least 1, got 0"),
+        (["quantize", "a", "b", "--type", "q4_0", "--threads", "x"], "must be at least 1, got x"),
+        (
+            ["quantize", "a", "b.gguf", "--type", "q4_0", "--tensor-type", "(=q8_0"],
+            r"PATTERN must be a regular expression, got '\('",
+        ),
         (["dequantize", "a", "b.gguf", "--dtype", "f8"], "invalid choice: 'f8'"),
+        (["info", "a", "--b\x1b[31m"], r"unrecognized arguments: --b\\x1b\[31m"),
     ],
 )
 def test_usage_errors(arguments: list[str], message: str, capsys) -> None:
@@ -473,8 +593,8 @@ def test_failures(dense: Path, arguments: list[str], message: str, capsys, monke
     assert re.search(message, captured.err)
     assert "Traceback" not in captured.err
     assert sorted(Path().iterdir()) == before
-    with pytest.raises((OSError, ValueError)):
-        main([*arguments, "--debug"])
+    assert main([*arguments, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_as_a_process(dense: Path) -> None:
@@ -498,6 +618,10 @@ def test_a_closed_pipe_is_no_error(dense: Path) -> None:
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert result.stderr == ""
     assert result.stdout.startswith("tensor")
+    result = subprocess.run(
+        f"{command}; exit ${{PIPESTATUS[0]}}", shell=True, cwd=ROOT, executable="/bin/bash"
+    )
+    assert result.returncode in (0, 128 + signal.SIGPIPE)  # 0: all of it was in the pipe already
 
 
 def test_the_script_is_installed() -> None:
@@ -526,14 +650,279 @@ def test_an_interrupt_leaves_what_was_there(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torch_q4.convert.quantize", interrupt)
+    monkeypatch.setattr("torch_q4.convert._quantize", interrupt)
     assert main(["quantize", str(dense), str(target), "--type", "q4_0"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert target.read_bytes() == b"old"
     assert sorted(tmp_path.iterdir()) == before
 
 
+# ---- what the terminal gets ----------------------------------------------------------------------
+
+# ESC, BEL, CR and LF, DEL, C1's CSI, overrides of direction, a zero-width space, a line separator.
+NASTY = "\x1b[31m\x07\r\n\x7f\x9b2J\u202e\u2066\u200b\u2028é"
+SHOWN = r"\x1b[31m\x07\r\n\x7f\x9b2J\u202e\u2066\u200b\u2028é"
+
+
+def nasty_file(path: Path, **tensors: torch.Tensor) -> Path:
+    named = {f"{NASTY}{name}.weight": tensor for name, tensor in tensors.items()}
+    torch_q4.save_gguf(path, named, metadata(f"a{NASTY}") | {f"k{NASTY}": f"v{NASTY}"})
+    return path
+
+
+def check_shown(capsys, *wanted: str) -> None:
+    captured = capsys.readouterr()
+    text = captured.out + captured.err
+    assert all(line.isprintable() for line in text.split("\n")), ascii(text)
+    for part in wanted:
+        assert part in text, text
+
+
+def test_what_a_file_says_is_shown_and_not_obeyed(tmp_path: Path, capsys) -> None:
+    w = torch.randn(8, COLUMNS)
+    a = nasty_file(tmp_path / "a.gguf", x=w, shape=w, only=w)
+    b = nasty_file(tmp_path / "b.gguf", x=w + 1, shape=w[:2], more=w, nan=w)
+    c = nasty_file(tmp_path / "c.gguf", x=w / 0)
+    out = tmp_path / "out.gguf"
+    name = f"{SHOWN}x.weight"
+    assert main(["info", str(a)]) == 0
+    check_shown(capsys, name, f"a{SHOWN}: 3 tensors")
+    assert main(["info", "--metadata", str(a)]) == 0
+    check_shown(capsys, f"k{SHOWN} = 'v{SHOWN}'", f"a{SHOWN}.block_count = 2")
+    assert main(["compare", str(a), str(b)]) == 0
+    check_shown(capsys, name, f"only in {a}: {SHOWN}only.weight", f"{SHOWN}shape.weight")
+    assert main(["compare", str(a), str(c)]) == 1
+    check_shown(capsys, f"{name}: 2048 values are NaN or infinite")
+    quantise = ["quantize", str(a), str(out), "--type", "q4_0"]
+    assert main(quantise) == 1
+    check_shown(capsys, "the architecture must be one of")
+    assert main([*quantise, "--pure", "--dry-run"]) == 0
+    check_shown(capsys, name)
+    assert main([*quantise, "--pure"]) == 0
+    check_shown(capsys)
+    assert main(["dequantize", "--dry-run", str(out), str(tmp_path / "p.gguf")]) == 0
+    check_shown(capsys, name)
+    assert main(["quantize", str(c), str(out), "--type", "q4_0", "--pure"]) == 1
+    check_shown(capsys, "x.weight' must be finite")
+    assert (
+        main(["quantize", str(c), str(out), "--type", "q4_0", "--pure", "--allow-nonfinite"]) == 0
+    )
+    check_shown(capsys, "1 tensors are not finite")
+    assert main(["quantize", str(c), str(out), "--type", "q4_0", "--pure", "--debug"]) == 1
+    check_shown(capsys, "Traceback")
+
+
+def test_names_of_files_are_shown_and_not_obeyed(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / NASTY
+    folder.mkdir()
+    source = nasty_file(folder / "a.gguf", x=torch.randn(8, COLUMNS))
+    target = folder / "b.gguf"
+    arguments = ["quantize", str(source), str(target), "--type", "q4_0", "--pure"]
+    assert main(arguments) == 0
+    check_shown(capsys, f"wrote {tmp_path}/{SHOWN}/b.gguf")
+    assert main(["info", str(folder / "missing")]) == 1
+    check_shown(capsys, f"No such file or directory: {tmp_path}/{SHOWN}/missing")
+    (folder / "text").write_text("neither this nor that")
+    assert main(["info", str(folder / "text")]) == 1
+    check_shown(capsys, f"{tmp_path}/{SHOWN}/text")
+
+
+def test_json_is_json_whatever_the_names(tmp_path: Path, capsys) -> None:
+    a = nasty_file(tmp_path / "a.gguf", x=torch.randn(8, COLUMNS))
+    assert main(["info", "--json", "--metadata", str(a)]) == 0
+    text = capsys.readouterr().out
+    assert all(line.isprintable() for line in text.split("\n"))
+    found = json.loads(text)
+    assert found["tensors"][0]["name"] == f"{NASTY}x.weight"
+    assert found["metadata"][f"k{NASTY}"] == f"v{NASTY}"
+    assert main(["compare", "--json", str(a), str(a)]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"][0]["name"] == f"{NASTY}x.weight"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_names_that_are_no_utf_8(dense: Path, tmp_path: Path, encoding: str) -> None:
+    source = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xc3\xa9.gguf")
+    os.rename(dense, source)
+    options = {"env": {**os.environ, "PYTHONIOENCODING": encoding}, "encoding": encoding}
+    target = os.fsdecode(os.fsencode(tmp_path) + b"/\xfe.gguf")
+    done = run("quantize", source, target, "--type", "q4_0", **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"/\xfe.gguf" in done.stdout
+    assert os.path.exists(target)
+    found = run("info", "--json", source, **options)
+    assert json.loads(found.stdout)["path"] == source
+    lost = run("info", f"{source}x", **options)
+    assert lost.returncode == 1
+    assert "No such file or directory: " in lost.stderr
+    assert r"/\xff" in lost.stderr
+
+
+# ---- statuses ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a character device", "a folder"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, dense: Path, what: str, capsys) -> None:
+    path = tmp_path / "thing"
+    if what == "a FIFO":
+        os.mkfifo(path)
+    elif what == "a folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    good, new = str(dense), str(tmp_path / "new.gguf")
+    for arguments in (
+        ["info", str(path)],
+        ["compare", str(path), good],
+        ["compare", good, str(path)],
+        ["quantize", str(path), new, "--type", "q4_0"],
+        ["quantize", good, new, "--type", "q4_0", "--imatrix", str(path)],
+        ["dequantize", str(path), new],
+    ):
+        assert main(arguments) == 1
+        text = capsys.readouterr().err
+        assert text.startswith("torch-q4: ")
+        assert f"got {what}" in text or (what == "a folder" and "No such file" in text)
+    assert not os.path.exists(new)
+
+
+@pytest.mark.parametrize("what", ["a FIFO", "a character device", "a folder"])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, dense: Path, what: str, capsys) -> None:
+    target = tmp_path / "out.gguf"
+    if what == "a folder":
+        target.mkdir()
+    elif what == "a FIFO":
+        os.mkfifo(target)
+    elif os.geteuid() == 0:
+        os.mknod(target, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    else:
+        pytest.skip("making a device takes root")
+    before = os.lstat(target)
+    assert main(["quantize", str(dense), str(target), "--type", "q4_0"]) == 1
+    assert f"got {'one' if what == 'a folder' else what}" in capsys.readouterr().err
+    after = os.lstat(target)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_output_that_cannot_be_written(dense: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "torch_q4", "info", str(dense)],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "torch-q4: No space left on device\n"
+    closed = f"'{sys.executable}' -m torch_q4 info '{dense}' >&-"
+    result = subprocess.run(closed, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+HALF_WAY = """
+import signal, sys, time
+from torch_q4 import _files, convert
+from torch_q4.cli import main
+
+def stop(*_):
+    print("half way", flush=True)
+    time.sleep(60)
+
+convert._quantize = stop
+if sys.argv[1] == "named":
+    _files._UNNAMED = 0
+sys.exit(main(["quantize", *sys.argv[2:], "--type", "q4_0"]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "named"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_leaves_what_was_there(
+    dense: Path, tmp_path: Path, number: signal.Signals, kind: str
+) -> None:
+    target = tmp_path / "q.gguf"
+    target.write_bytes(b"old")
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALF_WAY, kind, str(dense), str(target)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half way\n"
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert target.read_bytes() == b"old"
+    left = sorted(os.listdir(tmp_path))
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+        assert len(left) == (3 if kind == "named" else 2)  # nobody can catch it
+    else:
+        assert process.returncode == 128 + number
+        ended = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        assert errors == f"torch-q4: {ended}\n"
+        assert left == ["dense.gguf", "q.gguf"]
+
+
+def test_handlers_are_the_callers_own_again(dense: Path, capsys) -> None:
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in signals]
+    seen: list[Any] = []
+    mine = lambda *_: None  # noqa: E731
+    assert main(["info", str(dense)]) == 0
+    assert [signal.getsignal(number) for number in signals] == before
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        signal.signal(signal.SIGTERM, mine)
+        with cli._signals_end_it():
+            seen = [signal.getsignal(number) for number in signals[1:]]
+        assert seen == [mine, signal.SIG_IGN]
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(main(["info", str(dense)])))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+    capsys.readouterr()
+
+
 # ---- memory --------------------------------------------------------------------------------------
+
+LITTLE = """
+import resource, sys, torch, torch_q4
+from torch_q4.cli import main
+with open("/proc/self/status") as file:
+    used = next(int(line.split()[1]) for line in file if line.startswith("VmSize")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (160 << 20), resource.RLIM_INFINITY))
+sys.exit(main(["compare", sys.argv[1], sys.argv[1], "--no-progress"]))
+"""
+
+
+def test_lack_of_memory_is_said_and_how_much(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    torch_q4.save_safetensors(path, {"x": torch.ones(1, 1 << 24, dtype=torch.float16)})
+    result = subprocess.run(
+        [sys.executable, "-c", LITTLE, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    words = (
+        r"torch-q4: out of memory: compare: memory must hold a part of tensor 'x' of 33554432 "
+        r"bytes, got none for \d+ bytes\n"
+    )
+    assert re.fullmatch(words, result.stderr), result.stderr
+
+
+def test_what_lack_of_memory_looks_like() -> None:
+    import numpy as np
+
+    def of(call: Any) -> str | None:
+        with pytest.raises(Exception, match=r".*") as error:
+            call()
+        return lack_of_memory(error.value)
+
+    assert of(lambda: torch.empty(1 << 50, dtype=torch.uint8)) == f"got none for {1 << 50} bytes"
+    assert "Unable to allocate 1.00 PiB" in str(of(lambda: np.empty(1 << 50, np.uint8)))
+    assert of(lambda: bytearray(1 << 62)) == "got none, of how much is not known"
+    assert of(lambda: torch.empty(-1)) is None
+    assert of(lambda: os.stat("missing")) is None
+
 
 # Not getrusage: its maximum is the parent's, too, across fork and exec.
 PEAK = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import torch_q4
-from torch_q4 import Importance, collect_importance, load_importance
+from torch_q4 import Importance, collect_importance, formats, load_importance
 from torch_q4.importance import for_tensor
 
 
@@ -198,6 +199,14 @@ def test_damaged_older_files(tmp_path: Path, raw: bytes, message: str) -> None:
         ({"a.in_sum2": torch.ones(4).half(), "a.counts": torch.ones(1)}, "must be float32, got"),
         ({"a.in_sum2": torch.ones(4), "a.counts": torch.ones(3)}, "multiple of its 3 counts"),
         ({"a.in_sum2": -torch.ones(4), "a.counts": torch.ones(1)}, "not negative"),
+        (
+            {"a.in_sum2": torch.ones(4), "a.counts": -torch.ones(1)},
+            "counts must be .* not negative",
+        ),
+        (
+            {"a.in_sum2": torch.ones(4), "a.counts": torch.ones(1) / 0},
+            "counts must be finite .* 'a'",
+        ),
     ],
 )
 def test_damaged_gguf_files(tmp_path: Path, tensors, message: str) -> None:
@@ -208,6 +217,23 @@ def test_damaged_gguf_files(tmp_path: Path, tensors, message: str) -> None:
     (tmp_path / "a.gguf").write_bytes(raw[:20])
     with pytest.raises(ValueError, match=r"^load_importance: "):
         load_importance(tmp_path / "a.gguf")
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, got in ((tmp_path / "pipe", "a FIFO"), ("/dev/zero", "a character device")):
+        with pytest.raises(OSError, match=f"load_importance: .* regular file, got {got}"):
+            load_importance(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_what_is_no_mean_of_squares(fmt: formats.Format, value: float) -> None:
+    """As llama.cpp refuses what is not finite; a negative one would ask for the largest error."""
+    bad = torch.ones(256)
+    bad[3] = value
+    words = rf"importance must be finite and not negative, got {value} at \(3,\)"
+    with pytest.raises(ValueError, match=words):
+        torch_q4.quantize_(nn.Sequential(nn.Linear(256, 8)), fmt, importance={"0": bad})
 
 
 def test_for_tensor() -> None:

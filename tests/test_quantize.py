@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import dense64, golden
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_q4
 
@@ -92,5 +93,39 @@ def test_all_zero_and_non_finite_rows_do_not_crash(fmt) -> None:
     w[1] = float("inf")
     w[2] = float("nan")
     w[3, ::3] = -float("inf")
-    blocks = torch_q4.quantize(w, fmt)
+    blocks = torch.ops.torch_q4.quantize.default(w, fmt.type_id)
     assert torch.equal(torch_q4.dequantize(blocks[0], fmt), torch.zeros(256))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_weights_are_refused_and_found(fmt, dtype, value: float) -> None:
+    w = torch.randn(2, 3, 512).to(dtype)
+    w[1, 0, 300] = w[1, 2, 7] = value
+    with pytest.raises(ValueError, match=rf"quantize: w must be finite, got {value} at \(1, 0, 30"):
+        torch_q4.quantize(w, fmt)
+    with pytest.raises(ValueError, match=rf"got {value} at \(1, 1, 7\)"):
+        torch_q4.quantize(w.transpose(0, 1)[1:], fmt)
+    assert torch_q4.quantize(w[:1], fmt).shape == (1, 3, fmt.row_bytes(512))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_importance_must_be_a_mean_of_squares(fmt, value: float) -> None:
+    importance = torch.ones(512)
+    torch_q4.quantize(torch.randn(2, 512), fmt, importance)
+    importance[400] = value
+    words = rf"quantize: importance must be finite and not negative, got {value} at \(400,\)"
+    with pytest.raises(ValueError, match=words):
+        torch_q4.quantize(torch.randn(2, 512), fmt, importance)
+
+
+def test_values_are_not_looked_at_where_there_are_none() -> None:
+    w = torch.full((2, 64), float("nan"))
+
+    def call(w: torch.Tensor) -> torch.Tensor:
+        return torch_q4.quantize(w, "q8_0", torch.ones(64, device=w.device))
+
+    assert call(w.to("meta")).shape == (2, 68)
+    assert torch.vmap(call)(w).shape == (2, 68)
+    assert torch.compile(call, fullgraph=True, backend="eager")(w).shape == (2, 68)
+    for mode in ("real", "fake", "symbolic"):
+        assert make_fx(call, tracing_mode=mode)(w)(w).shape == (2, 68)

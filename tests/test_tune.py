@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -453,6 +455,34 @@ def test_somebody_elses_file_is_left_alone(device, folder, content) -> None:
     assert len(told) == 2  # of loading and of saving
     assert all(str(path) in message for message in told)
     assert caught[1].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["tune.json", "tune.json.lock"])
+def test_a_fifo_is_neither_waited_for_nor_replaced(device, folder, name) -> None:
+    folder.mkdir()
+    os.mkfifo(folder / name)
+    with pytest.warns(UserWarning, match=r"tune\.json.*(FIFO|No such device or address)"):
+        tune()
+    assert plan_text(device) == TEXT
+    assert stat.S_ISFIFO(os.lstat(folder / name).st_mode)
+
+
+def test_locking_empties_nothing(folder) -> None:
+    folder.mkdir()
+    (folder / "precious").write_text("contents")
+    (folder / "tune.json.lock").symlink_to("precious")
+    _tune._write(folder / "tune.json", saved())
+    assert (folder / "precious").read_text() == "contents"
+
+
+def test_what_a_file_says_is_shown_and_not_obeyed(monkeypatch, folder) -> None:
+    folder.mkdir()
+    content = json.dumps({"torch_q4_plans": 1, "plans": [{**GOOD, "\x1b[31m": 1}]})
+    (folder / "tune.json").write_text(content)
+    fake_gpu(monkeypatch, number := next(DEVICES), "GPU")
+    with pytest.warns(UserWarning, match="could not be used") as caught:
+        plan_text(number)
+    assert str(caught[0].message).isprintable()
 
 
 def test_a_folder_that_cannot_be_made(device, folder) -> None:

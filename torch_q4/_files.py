@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from types import TracebackType
 from typing import Any
 
@@ -14,15 +15,32 @@ import torch
 from torch import Tensor
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MODE_NEW = 0o666
+_UNNAMED = getattr(os, "O_TMPFILE", 0)  # Linux
+_MOST_LINKS = 40  # as the kernel has it
+_KINDS = (
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 class AtomicFile:
-    """A file that is complete or not there: written under another name, then renamed.
+    """A file that is complete or not there: it gets its name when all of it is written.
 
     As a context manager: leaving it normally makes the file durable and gives it its name, leaving
-    it by an exception removes it and keeps what had that name before. A process that is killed
-    leaves a file ``.NAME.*.tmp`` behind, never a broken one under the final name.
+    it by an exception removes it and keeps what had that name before.
+
+    Where the file system can (ext4, XFS, Btrfs, tmpfs and others), the file has no name until
+    then, so that a process that is killed in whichever way, also by SIGKILL, leaves nothing. The
+    one exception: a file that is there is replaced by way of a name ``.torch_q4.*.tmp``, and a kill
+    in the microseconds between its link and its renaming leaves that name, with all of the file.
+    Elsewhere (FAT, NFS and others) the file has such a name from its beginning, and a kill that
+    Python does not see leaves it. No signal handler is set here: that is up to the program.
+
+    A link is followed, and the file that it points to is replaced, or made if it is not there.
+    Nothing but a regular file is ever replaced: a device, a FIFO, a socket, and the number of an
+    open file such as ``/dev/stdout`` are refused, since what is written there is there at once.
 
     Args:
         path: the final name.
@@ -31,36 +49,40 @@ class AtomicFile:
         op: what the errors call the operation.
 
     Raises:
-        OSError: the folder cannot be written to, or lacks the room; from :meth:`write` too.
+        OSError: the path is that of something else than a regular file; the folder cannot be
+            written to, or lacks the room; from :meth:`write` too.
     """
 
     def __init__(self, path: str | os.PathLike[str], size: int, op: str) -> None:
-        self.path = os.path.realpath(os.fspath(path))  # through a link, not over it
+        self.path = os.fsdecode(path)
         self.size = size
         self.op = op
         self.written = 0
-        self._fd = -1
+        self._name = ""
         self._temporary = ""
+        self._fd = self._folder = -1
+        self._process = os.getpid()
 
     def __enter__(self) -> AtomicFile:
-        """Makes the file under its temporary name, with room for all of it."""
-        folder, name = os.path.split(self.path)
-        if os.path.isdir(self.path):
-            raise IsADirectoryError(
-                errno.EISDIR, f"{self.op}: the path must not be a folder, got one", self.path
-            )
+        """Makes the file without its name, with room for all of it."""
         try:
-            self._fd, self._temporary = tempfile.mkstemp(
-                dir=folder, prefix=f".{name}.", suffix=".tmp"
-            )
-        except OSError as error:
-            raise type(error)(
-                error.errno,
-                f"{self.op}: the folder must be one that can be written to, got: {error.strerror}",
-                self.path,
-            ) from error
-        try:
-            os.fchmod(self._fd, self._mode())
+            self.path = self._followed()
+            folder, self._name = os.path.split(self.path)
+            try:
+                self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+                old = self._replaced()
+                # Nobody may read meanwhile what nobody could read before. The kernel applies the
+                # umask, or the folder's default ACL, to the mode of a file that is new.
+                self._create(0o600 if old else 0o666)
+            except OSError as error:
+                if error.filename == self.path:
+                    raise  # which says what is wrong already
+                raise self._refused(
+                    error.errno or errno.EIO,
+                    f"the folder must be one that can be written to, got: {error.strerror}",
+                ) from error
+            if old:
+                os.fchmod(self._fd, old.st_mode & 0o777)
             self._reserve()
         except BaseException:
             self._discard()
@@ -74,25 +96,16 @@ class AtomicFile:
         trace: TracebackType | None,
     ) -> None:
         """Gives the file its name, or removes it after an exception."""
-        if kind is not None:
-            self._discard()
-            return
         try:
-            if self.written != self.size:
-                raise RuntimeError(
-                    f"{self.op}: {self.size} bytes must be written, got {self.written}"
-                )
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-            os.replace(self._temporary, self.path)
-        except OSError as failure:
+            if kind is None:
+                self._finish()
+        finally:
             self._discard()
-            raise self._explained(failure) from failure
-        except BaseException:
+
+    def __del__(self) -> None:
+        """Removes a file that an exception left before its ``with`` block was entered."""
+        if hasattr(self, "_process"):
             self._discard()
-            raise
-        self._sync_folder()
 
     def write(self, data: bytes | bytearray | memoryview | Tensor) -> int:
         """Appends bytes, or a contiguous tensor's bytes; returns how many."""
@@ -108,14 +121,83 @@ class AtomicFile:
         self.written += count
         return count
 
-    def _mode(self) -> int:
-        """The permissions of the file that is replaced, or those of any new file."""
+    def _refused(self, number: int, rule: str) -> OSError:
+        return OSError(number, f"{self.op}: {rule}", self.path)
+
+    def _followed(self) -> str:
+        """The path behind all links; it need not be there."""
+        path = self.path
+        for _ in range(_MOST_LINKS):
+            folder, name = os.path.split(path)
+            if name in ("", os.curdir, os.pardir):
+                raise self._refused(errno.EISDIR, "the path must not be a folder, got one")
+            folder = os.path.realpath(folder)
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                return path
+            # Such a link leads to an open file, whatever name the file may have.
+            if f"{folder}/".startswith("/proc/"):
+                raise self._refused(
+                    errno.EINVAL, "the path must be a file's name, got that of an open file"
+                )
+            path = os.path.join(folder, os.readlink(path))
+        raise self._refused(errno.ELOOP, "the path must lead to a file, got links without end")
+
+    def _replaced(self) -> os.stat_result | None:
+        """The regular file that has the name now, if there is one; refuses anything else."""
         try:
-            return os.stat(self.path).st_mode & 0o777
+            found = os.lstat(self._name, dir_fd=self._folder)
         except FileNotFoundError:
-            mask = os.umask(0)
-            os.umask(mask)
-            return _MODE_NEW & ~mask
+            return None
+        if stat.S_ISDIR(found.st_mode):
+            raise self._refused(errno.EISDIR, "the path must not be a folder, got one")
+        if not stat.S_ISREG(found.st_mode):
+            kind = next((text for test, text in _KINDS if test(found.st_mode)), "a link")
+            raise self._refused(
+                errno.EINVAL, f"the path must be that of a regular file, got {kind}"
+            )
+        return found
+
+    def _create(self, mode: int) -> None:
+        if _UNNAMED:
+            with contextlib.suppress(OSError):  # what is no shortcoming of it, is met below again
+                self._fd = os.open(".", _UNNAMED | os.O_RDWR, mode, dir_fd=self._folder)
+        if self._fd >= 0:
+            if os.path.exists(self._open_file):
+                return
+            os.close(self._fd)  # without /proc it could never get a name
+            self._fd = -1
+        # Shorter than most names, however long the final one is.
+        self._temporary = _temporary_name()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._fd = os.open(self._temporary, flags, mode, dir_fd=self._folder)
+
+    @property
+    def _open_file(self) -> str:
+        return f"/proc/self/fd/{self._fd}"
+
+    def _finish(self) -> None:
+        if self.written != self.size:
+            raise RuntimeError(f"{self.op}: {self.size} bytes must be written, got {self.written}")
+        try:
+            os.fsync(self._fd)
+            self._give_name()
+        except OSError as error:
+            raise self._explained(error) from error
+        self._sync_folder()
+
+    def _give_name(self) -> None:
+        # Refuses again: something else may have got the name meanwhile.
+        old = self._replaced()
+        if not self._temporary:
+            if old is None:
+                with contextlib.suppress(FileExistsError):
+                    os.link(self._open_file, self._name, dst_dir_fd=self._folder)
+                    return
+            self._temporary = _temporary_name()  # a link cannot replace a name, renaming can
+            os.link(self._open_file, self._temporary, dst_dir_fd=self._folder)
+        os.replace(self._temporary, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        self._temporary = ""
 
     def _reserve(self) -> None:
         if self.size == 0:
@@ -145,15 +227,24 @@ class AtomicFile:
         )  # fmt: skip
 
     def _discard(self) -> None:
+        """Closes everything, and removes the file unless it has its name."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
+        if self._temporary and self._process == os.getpid():  # a forked process has a copy of this
+            with contextlib.suppress(OSError):  # what went wrong before it is to be told
+                os.unlink(self._temporary, dir_fd=self._folder)
+        self._temporary = ""
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
 
     def _sync_folder(self) -> None:
         """Makes the new name itself durable."""
-        folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
+        try:
+            folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._folder)
+        except PermissionError:  # one that may be written to, but not be listed
+            return
         try:
             os.fsync(folder)
         except OSError as error:
@@ -161,6 +252,26 @@ class AtomicFile:
                 raise
         finally:
             os.close(folder)
+
+
+def _temporary_name() -> str:
+    return f".torch_q4.{secrets.token_hex(8)}.tmp"
+
+
+def require_file(path: str | os.PathLike[str], op: str) -> None:
+    """Refuses what is there but is no regular file: a FIFO would be waited for, a device read on.
+
+    Raises:
+        OSError: there is no such file, or it is something else.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISREG(mode):
+        return
+    kind = next((text for test, text in _KINDS if test(mode)), "a folder")
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(
+        number, f"{op}: the path must be that of a regular file, got {kind}", os.fspath(path)
+    )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_q4._files import AtomicFile
+from torch_q4._files import AtomicFile, require_file
+from torch_q4._text import printable
 from torch_q4._timing import Contender, GraphTimer, copies_to_fill, time_in_turn
 from torch_q4.formats import Format
 from torch_q4.nn import QuantLinear
@@ -412,6 +413,7 @@ def _cache_file() -> Path:
 def _read(path: Path) -> list[_Saved]:
     """The plans in the file, none if there is no file; an exception of some kind if it is bad."""
     try:
+        require_file(path, "tune")
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -426,7 +428,9 @@ def _read(path: Path) -> list[_Saved]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Nobody else writes the file meanwhile, where the file system has locks."""
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
+    # Neither waited for, should it be a FIFO, nor emptied, should it be a link to something else.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
+    with open(os.open(path.with_name(path.name + ".lock"), flags, 0o666), "wb") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -448,7 +452,7 @@ def _write(path: Path, plan: _Saved) -> None:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return printable(f"{type(error).__name__}: {error}")
 
 
 def _save(plan: _Saved) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_q4 import formats
-from torch_q4._files import AtomicFile
+from torch_q4._files import AtomicFile, require_file
 from torch_q4._tensors import TensorInfo, TensorLike, described
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFTensor
@@ -187,7 +187,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
             ``model.safetensors``, or with shards and their index.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a device or a FIFO.
+        MemoryError: the file cannot be mapped.
         ValueError: the file is damaged, or its metadata does not fit its tensors.
         ImportError: the ``safetensors`` package is not installed.
     """
@@ -210,6 +211,11 @@ def load_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
         raise ValueError(
             f"load_safetensors: ties must name tensors of the file, got {unknown} ({name})"
         )
+    stored = sorted(ties.keys() & tensors.keys())
+    if stored:
+        raise ValueError(
+            f"load_safetensors: a tied name must have no tensor of its own, got {stored} ({name})"
+        )
     return SafetensorsFile(name, metadata, tensors, ties)
 
 
@@ -219,19 +225,33 @@ def _files_of(path: str) -> list[str]:
     index = os.path.join(path, _INDEX)
     if not os.path.exists(index):
         return [os.path.join(path, "model.safetensors")]
+    require_file(index, "load_safetensors")
     with open(index, encoding="utf-8") as file:
         try:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"load_safetensors: the index must have a weight_map, got: {error!r} ({index})"
+                f"load_safetensors: the index must be JSON, got: {error} ({index})"
             ) from error
-    outside = [shard for shard in shards if os.path.basename(shard) != shard]
+    files = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(shard, str) for shard in files.values()):
+        raise ValueError(
+            f"load_safetensors: the index must have a weight_map of names to files, got "
+            f"{str(files)[:80]!r} ({index})"
+        )
+    shards = sorted(set(files.values()))
+    outside = [shard for shard in shards if not _lies_beside(shard)]
     if outside:
         raise ValueError(
             f"load_safetensors: shards must lie beside their index, got {outside} ({index})"
         )
     return [os.path.join(path, shard) for shard in shards]
+
+
+def _lies_beside(shard: str) -> bool:
+    """Whether it is a bare file name."""
+    no_folder = os.path.basename(shard) == shard and shard not in ("", os.curdir, os.pardir)
+    return no_folder and "\0" not in shard
 
 
 def _read(path: str) -> tuple[dict[str, str], dict[str, GGUFTensor]]:
@@ -241,7 +261,8 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, GGUFTensor]]:
         raise ImportError(
             f"load_safetensors needs the safetensors package: pip install safetensors ({error})"
         ) from error
-    with open(path, "rb"):  # safe_open's own error for a missing file lacks the name
+    require_file(path, "load_safetensors")
+    with open(path, "rb"):  # safe_open's own error for one that may not be read lacks the name
         pass
     try:
         with safe_open(path, framework="pt") as file:
@@ -250,6 +271,13 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, GGUFTensor]]:
     except SafetensorError as error:
         raise ValueError(
             f"load_safetensors: the file must be a whole safetensors file, got: {error} ({path})"
+        ) from error
+    except Exception as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"load_safetensors: memory must hold a map of {os.path.getsize(path)} bytes, got: "
+            f"{error} ({path})"
         ) from error
     packed = _json_object(metadata, _FORMATS, path)
     tensors = {}
@@ -275,7 +303,7 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, GGUFTensor]]:
 def _json_object(metadata: Mapping[str, str], key: str, path: str) -> dict[str, str]:
     try:
         value = json.loads(metadata.get(key, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise ValueError(
@@ -398,14 +426,19 @@ def load_checkpoint(
         model: the model as it was built, quantised or not, on any device or the meta device.
         path: the file, or a folder with it.
         compute: the arithmetic of the layers that are replaced, see :func:`torch_q4.linear`.
-        strict: whether the file must have exactly the model's tensors.
+        strict: whether the file must have exactly the model's tensors. If not, ties of names that
+            the model does not have count for nothing either.
         assign: whether plain tensors become views of the file, too, instead of being copied.
         pack: whether to put packed weights into the layout that kernels read faster, see
             :func:`torch_q4.nn.pack_`.
 
+    Names that the file ties become one parameter or buffer, unless they are on different devices:
+    then each keeps its own copy.
+
     Raises:
         ValueError: a packed tensor that belongs to no linear or embedding layer, or whose shape is
-            not that of the layer; a damaged file.
+            not that of the layer; a tie of entries that are not of one shape and dtype; a damaged
+            file.
         RuntimeError: missing or unexpected tensors, or shapes that differ.
     """
     file = load_safetensors(path)
@@ -417,28 +450,31 @@ def load_checkpoint(
         state[name] = state[source]
         if source in packed:
             packed[name] = packed[source]
-    blocks: dict[int, nn.Parameter] = {}  # what is one in the file becomes one in the model
     for name, fmt in packed.items():
-        _replace(model, name, fmt, state[name], compute, blocks)
-        module = name.rpartition(".")[0]
-        state.setdefault(f"{module}.weight_format", torch.tensor(fmt.type_id, dtype=torch.int32))
+        _check_layer(model, name, fmt, state[name])
+        key = f"{name.removesuffix('weight')}weight_format"
+        number = state.setdefault(key, torch.tensor(fmt.type_id, dtype=torch.int32))
+        if number.numel() != 1 or number.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"load_checkpoint: {key!r} must be one integer, got {number.dtype} "
+                f"{tuple(number.shape)}"
+            )
+    # What is one in the file becomes one in the model, on each device.
+    blocks: dict[tuple[str, torch.device], nn.Parameter] = {}
+    for name, fmt in packed.items():
+        _replace(model, name, fmt, state[name], compute, blocks, file.ties.get(name, name))
     meta = any(parameter.is_meta for parameter in model.parameters())
     model.load_state_dict(state, strict=strict, assign=assign or meta)
+    slots = _slots(model)
     for name, source in file.ties.items():
-        _tie(model, name, source)
+        if name in slots and source in slots:
+            _tie(name, slots[name], source, slots[source])
     if pack:
         pack_(model)
 
 
-def _replace(
-    model: nn.Module,
-    name: str,
-    fmt: Format,
-    stored: Tensor,
-    compute: str,
-    blocks: dict[int, nn.Parameter],
-) -> None:
-    """Makes the layer of a packed weight a quantised one over these blocks."""
+def _check_layer(model: nn.Module, name: str, fmt: Format, stored: Tensor) -> None:
+    """Refuses a packed weight that is not that of a layer of the model."""
     path, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -454,41 +490,92 @@ def _replace(
     else:
         assert isinstance(module, (nn.Embedding, QuantEmbedding))
         shape = (module.num_embeddings, module.embedding_dim)
-    if shape != (stored.shape[0], fmt.columns(stored.shape[1])):
-        raise ValueError(
-            f"load_checkpoint: {name!r} must have shape {shape}, got "
-            f"{(stored.shape[0], fmt.columns(stored.shape[1]))}"
-        )
+    found = (*stored.shape[:-1], fmt.columns(stored.shape[-1]))
+    if shape != found:
+        raise ValueError(f"load_checkpoint: {name!r} must have shape {shape}, got {found}")
     if isinstance(module, _Quantized) and module.format == fmt.name:
         return
-    device = (module.blocks if isinstance(module, _Quantized) else module.weight).device
-    if stored.data_ptr() not in blocks:
-        shared = stored if device.type == "meta" else torch.empty_like(stored, device=device)
-        blocks[stored.data_ptr()] = nn.Parameter(shared, requires_grad=False)
-    weight = blocks[stored.data_ptr()]
-    new: QuantLinear | QuantEmbedding
-    if isinstance(module, (nn.Linear, QuantLinear)):
-        new = QuantLinear.from_blocks(weight, fmt, module.bias, compute=compute)
-    elif type(module) in (nn.Embedding, QuantEmbedding):
-        dtype = (
-            module.weight.dtype if isinstance(module, nn.Embedding) else module._dtype_marker.dtype
+    if module is model:
+        raise ValueError(
+            f"load_checkpoint: model must hold the layers to replace, got a bare "
+            f"{type(module).__name__}"
         )
-        new = QuantEmbedding.from_blocks(weight, fmt, dtype, module.padding_idx)
-    else:
+    embedding = isinstance(module, (nn.Embedding, QuantEmbedding))
+    if embedding and type(module) not in (nn.Embedding, QuantEmbedding):
         # A subclass does something of its own; only its author knows how to pack it.
         raise ValueError(
             f"load_checkpoint: {name!r} must be the weight of an nn.Embedding, got "
             f"{type(module).__name__}"
         )
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    fmt: Format,
+    stored: Tensor,
+    compute: str,
+    blocks: dict[tuple[str, torch.device], nn.Parameter],
+    source: str,
+) -> None:
+    """Makes the layer of a packed weight a quantised one over these blocks."""
+    path = name.rpartition(".")[0]
+    module = model.get_submodule(path)
+    if isinstance(module, _Quantized) and module.format == fmt.name:
+        return
+    weight = module.blocks if isinstance(module, _Quantized) else module.weight
+    assert isinstance(weight, Tensor)
+    key = (source, weight.device)
+    if key not in blocks:
+        shared = stored if weight.is_meta else torch.empty_like(stored, device=weight.device)
+        blocks[key] = nn.Parameter(shared, requires_grad=False)
+    new: QuantLinear | QuantEmbedding
+    if isinstance(module, (nn.Linear, QuantLinear)):
+        new = QuantLinear.from_blocks(blocks[key], fmt, module.bias, compute=compute)
+    else:
+        assert isinstance(module, (nn.Embedding, QuantEmbedding))
+        dtype = (
+            module.weight.dtype if isinstance(module, nn.Embedding) else module._dtype_marker.dtype
+        )
+        new = QuantEmbedding.from_blocks(blocks[key], fmt, dtype, module.padding_idx)
     model.set_submodule(path, new.train(module.training))
 
 
-def _tie(model: nn.Module, name: str, source: str) -> None:
-    """Makes the parameter of one name that of another."""
-    path, _, leaf = name.rpartition(".")
-    owner, _, source_leaf = source.rpartition(".")
-    module, other = model.get_submodule(path), model.get_submodule(owner)
-    if isinstance(module, _Quantized) and isinstance(other, _Quantized) and leaf == "weight":
-        module.blocks, module.packed = other.blocks, other.packed
+# Where a module keeps a parameter or a buffer: the module, its dictionary of such, the key there.
+_Slot = tuple[nn.Module, dict[str, Any], str]
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    """Where each entry of the model's state is kept: what a file may tie, and nothing else."""
+    slots: dict[str, _Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for kept in (module._parameters, module._buffers):
+            for key, value in kept.items():
+                if value is not None and key not in module._non_persistent_buffers_set:
+                    is_blocks = isinstance(module, _Quantized) and key == "blocks"
+                    slots[f"{dot}{'weight' if is_blocks else key}"] = (module, kept, key)
+    return slots
+
+
+def _tie(name: str, slot: _Slot, source: str, of: _Slot) -> None:
+    """Makes the parameter or buffer of one name that of another."""
+    (module, kept, key), (other, others, other_key) = slot, of
+    old, new = kept[key], others[other_key]
+    kinds = [
+        module.format if isinstance(module, _Quantized) and key == "blocks" else str(value.dtype)
+        for module, key, value in ((module, key, old), (other, other_key, new))
+    ]
+    if kinds[0] != kinds[1] or old.shape != new.shape:
+        raise ValueError(
+            f"load_checkpoint: tied entries must have one shape and dtype, got {tuple(old.shape)} "
+            f"{kinds[0]} for {name!r} and {tuple(new.shape)} {kinds[1]} for {source!r}"
+        )
+    if old.device != new.device:
+        return
+    if type(old) is type(new):
+        kept[key] = new
     else:
-        setattr(module, leaf, getattr(other, source_leaf))
+        old.data = new.data  # a buffer and a parameter over one memory
+    if isinstance(module, _Quantized) and isinstance(other, _Quantized) and key == "blocks":
+        module.packed = other.packed

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +23,14 @@ import torch
 
 from torch_q4 import formats, recipes
 from torch_q4._tensors import info_of
+from torch_q4._text import printable
 from torch_q4._tune import architecture_of_gpu, tune
 from torch_q4.convert import (
     Conversion,
     architecture_of,
     compare_files,
     dequantize_file,
+    lack_of_memory,
     open_file,
     quantize_file,
 )
@@ -69,7 +76,39 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+
+class _Ended(BaseException):
+    """A signal that ends the process; an exception, so that whatever is half written is removed."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise :class:`_Ended` meanwhile, unless they are handled or ignored."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets no handler there
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise _Ended(signal.Signals(number))
+
+    ours = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    try:
+        for number in ours:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,38 +118,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default that of the process.
 
     Returns:
-        The exit status: 0, 1 where the command failed, 130 where it was interrupted. Wrong usage
-        raises ``SystemExit(2)``, as argparse does.
+        The exit status: 0, 1 where the command failed, 128 and the signal's number where a signal
+        ended it: 130 for an interruption, 143 and 129 for SIGTERM and SIGHUP, 141 where nobody
+        reads the output any more. Wrong usage raises ``SystemExit(2)``, as argparse does.
     """
     options = _parser().parse_args(arguments)
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        with _signals_end_it():
+            status: int = options.run(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a closed pipe and a full disk show here, not at exit
         return status
     except KeyboardInterrupt:
-        if options.debug:
-            raise
-        print("torch-q4: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # What reads our output has enough of it. Keep the interpreter's exit from failing on it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status, text = 128 + signal.SIGINT, "interrupted"
+    except _Ended as error:
+        status, text = 128 + error.number, f"ended by {error}"
+    except BrokenPipeError:  # what reads our output has enough of it
+        _forget_output()
+        return 128 + signal.SIGPIPE
     except Exception as error:
+        status, text = 1, _described(error)
         if options.debug:
-            raise
-        print(f"torch-q4: {_described(error)}", file=sys.stderr)
-        return 1
+            for line in traceback.format_exc().splitlines():
+                _say(line, error=True)
+    _say(f"torch-q4: {text}", error=True)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _forget_output()
+    return status
+
+
+def _forget_output() -> None:
+    """Keeps the interpreter's exit from failing on output that cannot be written."""
+    with contextlib.suppress(OSError):  # a stream that is no file's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _described(error: Exception) -> str:
+    lack = lack_of_memory(error)
+    if lack is not None:
+        return f"out of memory: {lack}"
     if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename}" if error.filename else ""
+        where = f": {os.fsdecode(error.filename)}" if error.filename else ""
         return f"{error.strerror}{where}"
-    if isinstance(error, (ValueError, ImportError, OSError)):
+    if isinstance(error, (ValueError, TypeError, ImportError, OSError)):
         return str(error)
     # Not one that was foreseen: say what it is.
-    return f"{type(error).__name__}: {error} (--debug shows where)"
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,6 +254,11 @@ def _parser() -> argparse.ArgumentParser:
         help="quantise tensors that are quantised already, at a loss",
     )
     quantise.add_argument(
+        "--allow-nonfinite",
+        action="store_true",
+        help="quantise tensors that hold NaN or infinities, which spoil the rest of their blocks",
+    )
+    quantise.add_argument(
         "--dry-run", action="store_true", help="print what would be done, write nothing"
     )
 
@@ -227,7 +289,9 @@ def _parser() -> argparse.ArgumentParser:
         "tell how far the tensors of two files are apart",
         [threads],
         "Tells how far the tensors of two files are apart, name by name: NMSE is\n"
-        "sum (a - b)^2 / sum a^2, max is max |a - b|, cosine that of the angle between them.",
+        "sum (a - b)^2 / sum a^2, max is max |a - b|, cosine that of the angle between them.\n"
+        "NaN is equal to NaN alone. The exit status is 1 if a value is NaN or infinite in one\n"
+        "file and not the same in the other.",
     )
     compare.add_argument("a", metavar="A", help="the reference")
     compare.add_argument("b", metavar="B", help="what is compared with it")
@@ -271,10 +335,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def _mix(text: str) -> recipes.Recipe:
@@ -289,7 +352,12 @@ def _override(text: str) -> tuple[str, formats.Format]:
     if not equals or not pattern:
         raise argparse.ArgumentTypeError(f"must be PATTERN=FORMAT, got {text!r}")
     try:
+        re.compile(pattern)
         return pattern, formats.get(name)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"PATTERN must be a regular expression, got {pattern!r}: {error}"
+        ) from None
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -326,6 +394,17 @@ def _version(package: str) -> str:
 # ---- output --------------------------------------------------------------------------------------
 
 
+def _say(text: str = "", *, error: bool = False) -> None:
+    """Prints a line; what a terminal would obey is escaped, and what the stream cannot encode."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed when the process began
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+        print(line, file=stream)
+
+
 def _print_json(value: Any) -> None:
     def plain(item: Any) -> Any:
         if isinstance(item, float) and not math.isfinite(item):
@@ -336,18 +415,20 @@ def _print_json(value: Any) -> None:
             [plain(each) for each in item] if isinstance(item, (list, tuple, GGUFArray)) else item
         )
 
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+    if sys.stdout is not None:
+        print(json.dumps(plain(value), indent=2))
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Prints columns, the first ``left`` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
+    lines = [[printable(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
         cells = [
             cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        print("  ".join(cells).rstrip())
+        _say("  ".join(cells).rstrip())
 
 
 def _size(count: float) -> str:
@@ -415,8 +496,8 @@ def _info(options: argparse.Namespace) -> int:
     if options.metadata:
         for key, stored in file.metadata.items():
             text = f"{len(stored)} values" if isinstance(stored, GGUFArray) else repr(stored)
-            print(f"{key} = {text if len(text) <= 120 else text[:117] + '...'}")
-        print()
+            _say(f"{key} = {text if len(text) <= 120 else text[:117] + '...'}")
+        _say()
     _print_table(
         ("tensor", "type", "shape", "parameters", "size", "bits"),
         [
@@ -432,13 +513,14 @@ def _info(options: argparse.Namespace) -> int:
         ],
         left=3,
     )
-    print()
+    _say()
     _print_table(
         ("type", "tensors", "parameters", "size"),
         [(n, str(c), _count(p), _size(s)) for n, (c, p, s) in types.items()],
     )
-    print(
-        f"\n{kind}, {architecture_of(file) or 'no architecture'}: {len(infos)} tensors, "
+    _say()
+    _say(
+        f"{kind}, {architecture_of(file) or 'no architecture'}: {len(infos)} tensors, "
         f"{_count(elements)} parameters, {_size(nbytes)}, {bits:.2f} bits per weight"
     )
     return 0
@@ -462,6 +544,7 @@ def _quantize(options: argparse.Namespace) -> int:
         pure=options.pure,
         overrides=options.tensor_type,
         allow_requantize=options.allow_requantize,
+        allow_nonfinite=options.allow_nonfinite,
         like=options.like,
         dry_run=options.dry_run,
         progress=progress,
@@ -507,23 +590,25 @@ def _report(result: Conversion, options: argparse.Namespace) -> None:
             ],
             left=4,
         )
-        print()
+        _say()
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(
+        _say(f"note: {note}", error=True)
+    _say(
         f"{len(result.tensors)} tensors, {_size(result.bytes_before)} to "
         f"{_size(result.bytes_after)}, {result.bits_per_weight:.2f} bits per weight"
         + (" (dry run: nothing written)" if options.dry_run else f", in {result.seconds:.1f} s")
     )
     if not options.dry_run:
-        print(f"wrote {result.target}")
+        _say(f"wrote {result.target}")
 
 
 def _compare(options: argparse.Namespace) -> int:
     result = compare_files(options.a, options.b, progress=_prepare(options))
+    broken = [error for error in result.tensors if error.nonfinite]
+    status = 1 if broken else 0
     if options.json:
         _print_json(dataclasses.asdict(result))
-        return 0
+        return status
     _print_table(
         ("tensor", "shape", "A", "B", "NMSE", "max", "cosine"),
         [
@@ -547,21 +632,31 @@ def _compare(options: argparse.Namespace) -> int:
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            print(f"{what}: {', '.join(names[:5])}{more}")
+            _say(f"{what}: {', '.join(names[:5])}{more}")
     if result.tensors:
-        worst = max(result.tensors, key=lambda error: error.nmse)
+        worst = max(result.tensors, key=lambda error: _or_infinite(error.nmse))
         mean = sum(error.nmse for error in result.tensors) / len(result.tensors)
         exact = sum(error.max_error == 0 for error in result.tensors)
-        print(
-            f"\n{len(result.tensors)} tensors compared, {exact} equal; NMSE mean {mean:.3e}, "
+        _say()
+        _say(
+            f"{len(result.tensors)} tensors compared, {exact} equal; NMSE mean {mean:.3e}, "
             f"largest {worst.nmse:.3e} ({worst.name})"
         )
-    return 0
+    for error in broken:
+        _say(
+            f"{error.name}: {error.nonfinite} values are NaN or infinite in one file and not the "
+            "same in the other"
+        )
+    return status
+
+
+def _or_infinite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _tune(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print("torch-q4: tune: torch must see a GPU, got none", file=sys.stderr)
+        _say("torch-q4: tune: torch must see a GPU, got none", error=True)
         return 1
     reports = []
     for n, k in options.shape:
@@ -569,7 +664,10 @@ def _tune(options: argparse.Namespace) -> int:
             dtype = getattr(torch, options.dtype)
             reports.append(tune(n, k, fmt, dtype=dtype, save=not options.no_save))
             if not options.json:
-                print(f"{reports[-1]}\n", flush=True)
+                for line in [*str(reports[-1]).splitlines(), ""]:
+                    _say(line)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     if options.json:
         _print_json([dataclasses.asdict(report) | {"dtype": options.dtype} for report in reports])
     return 0
@@ -719,10 +817,11 @@ def _doctor(options: argparse.Namespace) -> int:
     lines |= {name: version or "not installed" for name, version in packages.items()}
     width = max(map(len, lines))
     for name, text in lines.items():
-        print(f"{name:{width}}  {text}")
-    print()
+        _say(f"{name:{width}}  {text}")
+    _say()
     for problem in problems:
-        print(f"problem: {problem['problem']}\n    fix: {problem['fix']}")
+        _say(f"problem: {problem['problem']}")
+        _say(f"    fix: {problem['fix']}")
     if not problems:
-        print("no problems found")
+        _say("no problems found")
     return 0

@@ -8,9 +8,14 @@ their suffix.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import functools
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,13 +24,20 @@ import torch
 from torch import Tensor
 
 from torch_q4 import recipes
+from torch_q4._files import require_file
 from torch_q4._tensors import TensorInfo, info_of, release
-from torch_q4.checkpoint import _TIES, SafetensorsFile, SafetensorsWriter, load_safetensors
+from torch_q4.checkpoint import (
+    _TIES,
+    SafetensorsFile,
+    SafetensorsWriter,
+    _files_of,
+    load_safetensors,
+)
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFFile, GGUFTensor, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, GGUFWriter
 from torch_q4.importance import Importance, for_tensor
-from torch_q4.ops import dequantize, quantize
+from torch_q4.ops import dequantize, find_not_finite
 
 __all__ = [
     "Comparison",
@@ -40,6 +52,7 @@ __all__ = [
 # Elements in memory at once: 16 MiB of float32, and enough rows for all cores.
 _PANEL = 1 << 22
 _QUANTIZATION_VERSION = 2  # ggml's: of the K formats' scales
+_quantize = torch.ops.torch_q4.quantize.default  # what is not finite was looked for already
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 
 Source = GGUFFile | SafetensorsFile
@@ -49,15 +62,52 @@ def open_file(path: str | os.PathLike[str]) -> Source:
     """Opens a GGUF file, a safetensors file, or a folder with safetensors, whichever it is.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a device or a FIFO, which cannot be mapped.
         ValueError: it is neither, or damaged.
     """
     name = os.fspath(path)
     if os.path.isdir(name):
         return load_safetensors(name)
+    require_file(name, "open_file")
     with open(name, "rb") as file:
         magic = file.read(4)
     return load_gguf(name) if magic == b"GGUF" else load_safetensors(name)
+
+
+_ALLOCATION = re.compile(
+    r"(allocate|not enough|out of|lack of|no) memory|memory must|bad_alloc", re.IGNORECASE
+)
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What there was no memory for, as far as an error says so; None for an error of another kind.
+
+    torch's allocators raise RuntimeError, with the place in their sources; numpy raises
+    MemoryError; maps raise OSError.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and _ALLOCATION.search(text):
+        count = re.search(r"tried to allocate ([\d.]+ ?\w+)", text, re.IGNORECASE)
+        return f"got none for {count[1]}" if count else text.splitlines()[0]
+    if isinstance(error, MemoryError):
+        return text or "got none, of how much is not known"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return f"got none to map {error.filename}" if error.filename else "got none for a map"
+    return None
+
+
+@contextlib.contextmanager
+def _enough_memory(op: str, info: TensorInfo) -> Iterator[None]:
+    """Says which tensor there was no memory for."""
+    try:
+        yield
+    except Exception as error:
+        lack = lack_of_memory(error)
+        if lack is None:
+            raise
+        raise MemoryError(
+            f"{op}: memory must hold a part of tensor {info.name!r} of {info.nbytes} bytes, {lack}"
+        ) from error
 
 
 # ---- conversion ----------------------------------------------------------------------------------
@@ -87,8 +137,13 @@ class _Item:
         same = self.info.format == self.source.format and self.info.dtype == self.source.dtype
         return same and not self.offset
 
-    def panels(self) -> Iterator[Tensor]:
-        """The target's rows, a panel at a time: contiguous, in the target's dtype or its blocks."""
+    def panels(self, found: Callable[[float, tuple[int, ...]], None]) -> Iterator[Tensor]:
+        """The target's rows, a panel at a time: contiguous, in the target's dtype or its blocks.
+
+        Args:
+            found: called with a value to quantise that is not finite and its place in the source,
+                the first of a panel.
+        """
         info = self.info
         stored = self.source.data
         rows = stored.reshape(info.rows, -1)
@@ -103,24 +158,39 @@ class _Item:
                 stop = min(stop, (which + 1) * matrix)
                 weights = self.importance[which]
             panel = rows[start:stop] if self.order is None else rows[self.order[start:stop]]
-            yield self.converted(panel, weights)
+            if self.copied:
+                yield panel.contiguous()
+            elif info.format is None:
+                yield self.values(panel).to(info.dtype).contiguous()
+            else:
+                values = self.values(panel)
+                if values.dtype == torch.float64:
+                    values = values.float()
+                place = find_not_finite(values)
+                if place is not None:
+                    row = start + place[0]
+                    if self.order is not None:
+                        row = int(self.order[row])
+                    found(float(values[place]), self.place_in_source(row, place[1]))
+                yield _quantize(values, info.format.type_id, weights)
             if self.order is None:
                 release(rows[start:stop])
             start = stop
         release(stored)
 
-    def converted(self, panel: Tensor, importance: Tensor | None) -> Tensor:
-        if self.copied:
-            return panel.contiguous()
+    def values(self, panel: Tensor) -> Tensor:
+        """Rows of the source as numbers."""
         packed = self.source.format
         values = panel if packed is None else dequantize(panel, packed)
-        if self.offset:
-            values = values.float() + self.offset
-        if self.info.format is None:
-            return values.to(self.info.dtype).contiguous()
-        if values.dtype == torch.float64:
-            values = values.float()
-        return quantize(values, self.info.format, importance)
+        return values.float() + self.offset if self.offset else values
+
+    def place_in_source(self, row: int, column: int) -> tuple[int, ...]:
+        """The index of an element by its row of all rows."""
+        index = [column]
+        for size in reversed(self.source.shape[:-1]):
+            row, rest = divmod(row, size)
+            index.insert(0, rest)
+        return tuple(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +243,7 @@ def quantize_file(
     pure: bool = False,
     overrides: Sequence[tuple[str, Format | str]] = (),
     allow_requantize: bool = False,
+    allow_nonfinite: bool = False,
     like: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -189,14 +260,17 @@ def quantize_file(
         pure: give every matrix the mix's base format.
         overrides: ``(pattern, format)`` for tensors that shall have another format.
         allow_requantize: quantise what is quantised already, which adds one error to another.
+        allow_nonfinite: quantise what holds NaN or infinities, which spoil the other values of
+            their blocks.
         like: a GGUF file whose metadata, tokenizer included, a safetensors source shall get.
         dry_run: only find out what would be done.
         progress: show a bar on stderr; None: if that is a terminal.
 
     Raises:
-        ValueError: an unknown type or architecture, a source that is quantised already, an
-            importance that does not fit, or a damaged file.
+        ValueError: an unknown type or architecture, a source that is quantised already or not
+            finite, an importance that does not fit, is negative or not finite, or a damaged file.
         OSError: a file cannot be read or written.
+        MemoryError: there is not enough of it.
     """
     recipe = recipes.get(type)
 
@@ -212,7 +286,7 @@ def quantize_file(
             overrides=overrides,
         )
 
-    plan = _planned("quantize", source, target, choose, importance, like)
+    plan = _planned("quantize", source, target, choose, importance, like, importance_path)
     again = [
         item.info.name
         for item in plan.items
@@ -248,7 +322,7 @@ def quantize_file(
             )
         if wanted:
             plan.notes.append(f"{len(wanted)} tensors have no importance, the first {wanted[0]!r}")
-    return _carried_out("quantize", plan, source, target, dry_run, progress)
+    return _carried_out("quantize", plan, source, target, dry_run, progress, allow_nonfinite)
 
 
 def dequantize_file(
@@ -273,6 +347,7 @@ def dequantize_file(
     Raises:
         ValueError: another dtype or a damaged file.
         OSError: a file cannot be read or written.
+        MemoryError: there is not enough of it.
     """
     if dtype not in _FILE_TYPES:
         raise ValueError(f"dequantize: dtype must be float32, float16 or bfloat16, got {dtype}")
@@ -311,18 +386,23 @@ def _planned(
     choose: Chooser,
     importance: Mapping[str, Tensor] | None,
     like: str | os.PathLike[str] | None,
+    importance_path: str | None = None,
 ) -> _Plan:
     suffix = os.path.splitext(os.fspath(target))[1].lower()
     if suffix not in (".gguf", ".safetensors"):
         raise ValueError(
             f"{op}: the target must end in .gguf or .safetensors, got {os.fspath(target)!r}"
         )
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise ValueError(
-            f"{op}: the target must be another file than the source, got {os.fspath(target)!r}"
-        )
     to_gguf = suffix == ".gguf"
     file = open_file(source)
+    sources = _files_of(file.path) if isinstance(file, SafetensorsFile) else [file.path]
+    others = [os.fspath(path) for path in (like, importance_path) if path is not None]
+    for path in [*sources, *others] if os.path.exists(target) else []:
+        if os.path.exists(path) and os.path.samefile(path, target):
+            what = "the source" if path in sources else "those that it is made from"
+            raise ValueError(
+                f"{op}: the target must be another file than {what}, got {os.fspath(target)!r}"
+            )
     notes: list[str] = []
     if isinstance(file, GGUFFile):
         if like is not None:
@@ -428,7 +508,7 @@ def _kept_metadata(file: SafetensorsFile, ties: Mapping[str, str]) -> dict[str, 
 def _config_beside(file: SafetensorsFile) -> str | None:
     folder = file.path if os.path.isdir(file.path) else os.path.dirname(file.path)
     path = os.path.join(folder, "config.json")
-    return path if os.path.exists(path) else None
+    return path if os.path.isfile(path) else None
 
 
 def _retyped(info: TensorInfo, type: recipes.Type, name: str) -> TensorInfo:
@@ -450,6 +530,7 @@ def _carried_out(
     target: str | os.PathLike[str],
     dry_run: bool,
     progress: bool | None,
+    allow_nonfinite: bool = False,
 ) -> Conversion:
     before = [info_of(item.source) for item in plan.items]
     rows = [
@@ -465,7 +546,7 @@ def _carried_out(
     ]
     began = time.perf_counter()
     if not dry_run:
-        _write(op, plan, target, progress)
+        _write(op, plan, target, progress, allow_nonfinite)
     return Conversion(
         os.fspath(source),
         os.fspath(target),
@@ -478,7 +559,13 @@ def _carried_out(
     )
 
 
-def _write(op: str, plan: _Plan, target: str | os.PathLike[str], progress: bool | None) -> None:
+def _write(
+    op: str,
+    plan: _Plan,
+    target: str | os.PathLike[str],
+    progress: bool | None,
+    allow_nonfinite: bool,
+) -> None:
     writer: GGUFWriter | SafetensorsWriter
     infos = [item.info for item in plan.items]
     if plan.to_gguf:
@@ -487,14 +574,30 @@ def _write(op: str, plan: _Plan, target: str | os.PathLike[str], progress: bool 
         assert isinstance(plan.metadata, dict)
         writer = SafetensorsWriter(target, infos, plan.metadata)
     items = {item.info.name: item for item in plan.items}
+    spoiled: dict[str, None] = {}  # in order
+
+    def found(name: str, value: float, place: tuple[int, ...]) -> None:
+        if not allow_nonfinite:
+            raise ValueError(
+                f"{op}: tensor {name!r} must be finite (--allow-nonfinite quantises it all the "
+                f"same), got {value} at {place}"
+            )
+        spoiled[name] = None
+
     total = sum(info_of(item.source).nbytes for item in plan.items)
     with writer, progress_bar(op, total, progress) as bar:
         for done, info in enumerate(writer.infos, start=1):
             item = items[info.name]
             share = info_of(item.source).nbytes / info.nbytes if info.nbytes else 0
-            for panel in item.panels():
-                bar.update(writer.write(panel) * share)
+            with _enough_memory(op, info):
+                for panel in item.panels(functools.partial(found, item.source.name)):
+                    bar.update(writer.write(panel) * share)
             bar.set_postfix_str(f"{done}/{len(infos)} tensors", refresh=False)
+    if spoiled:
+        plan.notes.append(
+            f"{len(spoiled)} tensors are not finite, and blocks of theirs are spoiled, the first "
+            f"{next(iter(spoiled))!r}"
+        )
 
 
 class _NoBar:
@@ -544,6 +647,9 @@ class TensorError:
         nmse: ``sum (a - b)**2 / sum a**2``; 0 if both are zero, infinite if only a is.
         max_error: ``max |a - b|``.
         cosine: the cosine of the angle between a and b as vectors; 1 if both are zero.
+        nonfinite: places where a or b is NaN or infinite and the other is not the same. If there
+            are any, ``nmse`` and ``max_error`` are infinite and ``cosine`` is NaN. Places where
+            both are NaN, or the same infinity, count as equal.
     """
 
     name: str
@@ -553,6 +659,7 @@ class TensorError:
     nmse: float
     max_error: float
     cosine: float
+    nonfinite: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -585,6 +692,7 @@ def compare_files(
     Raises:
         ValueError: no tensor in common, or a damaged file.
         OSError: a file cannot be read.
+        MemoryError: there is not enough of it.
     """
     first, second = open_file(a), open_file(b)
     common = [name for name in first.tensors if name in second.tensors]
@@ -599,7 +707,8 @@ def compare_files(
     errors = []
     with progress_bar("compare", total, progress) as bar:
         for done, name in enumerate(same, start=1):
-            errors.append(_error(first.tensors[name], second.tensors[name], bar.update))
+            with _enough_memory("compare", info_of(first.tensors[name])):
+                errors.append(_error(first.tensors[name], second.tensors[name], bar.update))
             bar.set_postfix_str(f"{done}/{len(same)} tensors", refresh=False)
     return Comparison(
         errors,
@@ -614,13 +723,21 @@ def _error(a: GGUFTensor, b: GGUFTensor, update: Callable[[float], Any]) -> Tens
     rows_a, rows_b = (t.data.reshape(info.rows, -1) for t in (a, b))
     height = max(1, _PANEL // 8 // max(info.columns, 1))  # float64, and several of them
     squares_a = squares_b = product = error = largest = 0.0
+    nonfinite = 0
     for start in range(0, info.rows, height):
         part_a, part_b = rows_a[start : start + height], rows_b[start : start + height]
         x, y = _doubles(part_a, a.format), _doubles(part_b, b.format)
+        if find_not_finite(x) is not None or find_not_finite(y) is not None:
+            finite = x.isfinite() & y.isfinite()
+            same = (x == y) | (x.isnan() & y.isnan())
+            nonfinite += int((~finite & ~same).sum())
+            x, y = x.where(finite, 0.0), y.where(finite, 0.0)
         product += float(x @ y)
         squares_a += float(x @ x)
         squares_b += float(y @ y)
         y -= x
+        if a.dtype == b.dtype == torch.int64:  # of which float64 holds 53 bits
+            y = torch.where(y == 0, (part_b - part_a).flatten().double(), y)
         error += float(y @ y)
         if y.numel():
             largest = max(largest, float(y.max()), -float(y.min()))
@@ -629,12 +746,16 @@ def _error(a: GGUFTensor, b: GGUFTensor, update: Callable[[float], Any]) -> Tens
         update(part_a.nbytes)
     release(a.data)
     release(b.data)
-    nmse = error / squares_a if squares_a else (0.0 if error == 0 else float("inf"))
-    lengths = (squares_a * squares_b) ** 0.5
+    nmse = error / squares_a if squares_a else (0.0 if error == 0 else math.inf)
+    lengths = squares_a**0.5 * squares_b**0.5
     cosine = product / lengths if lengths else (1.0 if squares_a == squares_b else 0.0)
+    if nonfinite:
+        nmse = largest = math.inf
+        cosine = math.nan
     return TensorError(
-        a.name, a.shape, info.type_name, other.type_name, nmse, largest, min(cosine, 1.0)
-    )
+        a.name, a.shape, info.type_name, other.type_name, nmse, largest,
+        cosine if math.isnan(cosine) else min(cosine, 1.0), nonfinite,
+    )  # fmt: skip
 
 
 def _doubles(rows: Tensor, fmt: Format | None) -> Tensor:
@@ -652,6 +773,6 @@ def architecture_of(file: Source) -> str | None:
     with open(config, encoding="utf-8") as stream:
         try:
             value = json.load(stream).get("model_type")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             return None
     return value if isinstance(value, str) else None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_q4._files import require_file
 from torch_q4.gguf import GGUFArray, GGUFError, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.nn import QuantLinear
@@ -203,16 +204,18 @@ def load_importance(path: str | os.PathLike[str]) -> Importance:
             NaN.
     """
     name = os.fspath(path)
+    require_file(name, "load_importance")
     with open(name, "rb") as file:
         found = _from_gguf(name) if file.read(4) == b"GGUF" else _from_dat(name)
     if not found:
         raise ValueError(f"load_importance: the file must have entries, got none ({name})")
-    for layer, sums in found.sums.items():
-        if not bool((sums.isfinite() & (sums >= 0)).all()):
-            raise ValueError(
-                f"load_importance: values must be finite and not negative, got others in "
-                f"{layer!r} ({name})"
-            )
+    for what, entries in (("values", found.sums), ("counts", found.counts)):
+        for layer, numbers in entries.items():
+            if not bool((numbers.isfinite() & (numbers >= 0)).all()):
+                raise ValueError(
+                    f"load_importance: {what} must be finite and not negative, got others in "
+                    f"{layer!r} ({name})"
+                )
     return found
 
 
@@ -236,7 +239,7 @@ def _from_gguf(path: str) -> Importance:
             f"load_importance: {name!r} must have sums and counts, got only one of them ({path})"
         )
     for name, value in sums.items():
-        if value.numel() % counts[name].numel():
+        if not counts[name].numel() or value.numel() % counts[name].numel():
             raise ValueError(
                 f"load_importance: the sums of {name!r} must be a multiple of its "
                 f"{counts[name].numel()} counts, got {value.numel()} ({path})"

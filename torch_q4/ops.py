@@ -9,12 +9,15 @@ Schemas and kernels are in C++ (``csrc/``), for CPU and GPU; this module adds th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from torch_q4 import formats
 from torch_q4.formats import Format
@@ -43,6 +46,7 @@ _linear_op = _ops.linear.default  # looking it up costs a tenth of a small produ
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _COMPUTES = ("exact", "int8")
+_GPU_QUANTIZES = ("q4_0", "q8_0")  # without importance: `has_kernel` of csrc/gpu/quantize.cpp
 
 FormatLike = Format | str | int
 _BY_NAME = {fmt.name: fmt for fmt in formats.all()}
@@ -112,6 +116,53 @@ def _check_quantize(w: Tensor, fmt: Format, importance: Tensor | None) -> None:
                 f"quantize: importance must have shape ({columns},), got {_shape(importance)}"
             )
         _check_device("quantize", "importance", importance, "w", w)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether the tensor's values may be asked for: not while tracing, under vmap, or on meta."""
+    return not (
+        torch.compiler.is_compiling()
+        or get_proxy_mode() is not None
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def find_not_finite(values: Tensor, *, or_negative: bool = False) -> tuple[int, ...] | None:
+    """The place of the first NaN or infinity, or negative value if so asked; waits for a GPU.
+
+    None where there are no values to look at: on the meta device, while tracing, under vmap.
+    """
+    if values.numel() == 0 or not _has_values(values):
+        return None
+    values = values.detach()
+    least, largest = (float(value) for value in torch.aminmax(values))  # NaN comes out of it, too
+    if math.isfinite(least) and math.isfinite(largest) and not (or_negative and least < 0):
+        return None
+    bad = ~values.isfinite()
+    if or_negative:
+        bad |= values < 0
+    return tuple(int(index) for index in bad.nonzero()[0])
+
+
+def check_finite(what: str, values: Tensor, *, not_negative: bool = False) -> None:
+    """Refuses what :func:`find_not_finite` finds.
+
+    Args:
+        what: how the error begins, as in ``"quantize: w"``.
+        values: a floating tensor.
+        not_negative: whether to refuse what is below zero, too.
+
+    Raises:
+        ValueError: the message has the first value that is refused, and its place.
+    """
+    place = find_not_finite(values, or_negative=not_negative)
+    if place is not None:
+        raise ValueError(
+            f"{what} must be finite{' and not negative' if not_negative else ''}, got "
+            f"{float(values[place])} at {place}"
+        )
 
 
 def _check_dequantize(blocks: Tensor, fmt: Format, dtype: torch.dtype) -> None:
@@ -186,21 +237,33 @@ def quantize(w: Tensor, fmt: FormatLike, importance: Tensor | None = None) -> Te
     On a GPU, ``q4_0`` and ``q8_0`` without importance are quantised there. Everything else goes
     through the CPU and back, which waits for the device.
 
+    NaN and infinities are refused: no block can hold them, and ggml's quantisers spoil the other
+    values of their block. To find them, ``w`` is read once more, which takes up to a fifth as long
+    as quantising to q4_0 or q4_1, and little beside the K formats. It is not looked at where
+    looking would make a program wait that did not, that is where a GPU quantises, nor where there
+    is nothing to look at: under ``torch.compile``, ``torch.export`` and ``vmap``, on the meta
+    device.
+    ``torch.ops.torch_q4.quantize(w, type, importance)`` takes every value anywhere.
+
     Args:
         w: weights, float32, float16 or bfloat16, ``(..., K)``; K a whole number of blocks.
         fmt: the format, by name or ggml type.
         importance: float32 ``(K,)``, each column's weight: llama.cpp's imatrix, the mean squared
-            activation of the column.
+            activation of the column. Finite and not negative, as a mean of squares is.
 
     Returns:
         uint8 ``(..., K // block_elems * block_bytes)`` on the device of ``w``.
 
     Raises:
-        ValueError: unknown format, or a shape that does not fit.
+        ValueError: unknown format, a shape that does not fit, or values that are not finite.
         TypeError: a dtype that is not supported.
     """
     found = _format("quantize", fmt)
     _check_quantize(w, found, importance)
+    if importance is not None:
+        check_finite("quantize: importance", importance, not_negative=True)
+    if w.device.type == "cpu" or importance is not None or found.name not in _GPU_QUANTIZES:
+        check_finite("quantize: w", w)
     return _ops.quantize.default(w, found.type_id, importance)
 
 
