@@ -27,7 +27,14 @@ from torch_q4._files import AtomicFile
 from torch_q4._tensors import TensorInfo, TensorLike, described
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFTensor
-from torch_q4.nn import QuantEmbedding, QuantLinear, _Quantized, pack_
+from torch_q4.nn import (
+    QuantEmbedding,
+    QuantLinear,
+    ScaledQuantEmbedding,
+    _Quantized,
+    embedding_scale,
+    pack_,
+)
 
 __all__ = [
     "SafetensorsFile",
@@ -469,17 +476,22 @@ def _replace(
     new: QuantLinear | QuantEmbedding
     if isinstance(module, (nn.Linear, QuantLinear)):
         new = QuantLinear.from_blocks(weight, fmt, module.bias, compute=compute)
-    elif type(module) in (nn.Embedding, QuantEmbedding):
+    else:
+        assert isinstance(module, (nn.Embedding, QuantEmbedding))
         dtype = (
             module.weight.dtype if isinstance(module, nn.Embedding) else module._dtype_marker.dtype
         )
-        new = QuantEmbedding.from_blocks(weight, fmt, dtype, module.padding_idx)
-    else:
-        # A subclass does something of its own; only its author knows how to pack it.
-        raise ValueError(
-            f"load_checkpoint: {name!r} must be the weight of an nn.Embedding, got "
-            f"{type(module).__name__}"
-        )
+        if type(module) in (nn.Embedding, QuantEmbedding):
+            new = QuantEmbedding.from_blocks(weight, fmt, dtype, module.padding_idx)
+        elif (scale := embedding_scale(module)) is not None:
+            new = ScaledQuantEmbedding.from_blocks(weight, fmt, dtype, module.padding_idx)
+            new.embed_scale = scale
+        else:
+            # A subclass does something of its own; only its author knows how to pack it.
+            raise ValueError(
+                f"load_checkpoint: {name!r} must be the weight of an nn.Embedding, got "
+                f"{type(module).__name__}"
+            )
     model.set_submodule(path, new.train(module.training))
 
 
