@@ -944,12 +944,12 @@ def test_dense_weights_are_freed_one_by_one() -> None:
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
     dense = [weakref.ref(layer.weight) for layer in model]
     alive: list[int] = []
-    real = torch_q4.nn.quantize
+    real = torch_q4._quantize.quantize
 
     def watched(*args):
         alive.append(sum(weight() is not None for weight in dense))
         return real(*args)
 
-    with unittest.mock.patch("torch_q4.nn.quantize", watched):
+    with unittest.mock.patch("torch_q4._quantize.quantize", watched):
         quantize_(model, "q4_k")
     assert alive == [4, 3, 2, 1]
