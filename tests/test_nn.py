@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import types
+import unittest.mock
+import weakref
 
 import pytest
 import torch
 from conftest import dense64, random_blocks
 from torch import nn
+from torch.nn.utils import prune
 
 import torch_q4
-from torch_q4 import QuantEmbedding, QuantLinear, formats, quantize_
+from torch_q4 import QuantEmbedding, QuantizeReport, QuantLinear, formats, quantize_, recipes
+from torch_q4.nn import ScaledQuantEmbedding
 
 
 class Tied(nn.Module):
@@ -29,6 +34,38 @@ class Tied(nn.Module):
 
     def forward(self, ids):
         return self.head(self.back(self.odd(self.hidden(self.embed(ids)).relu())))
+
+
+def real_size(model: nn.Module) -> int:
+    """The bytes of a model's tensors, each memory once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.numel()}.values())
+
+
+def check_sizes(report: QuantizeReport, model: nn.Module, before: int) -> None:
+    """The report's figures are the model's own, and its parts make up the whole."""
+    assert report.bytes_before == before
+    assert report.bytes_after == real_size(model)
+    kept = sum(kept.nbytes for kept in report.kept.values())
+    assert report.quantized_bytes + kept == report.bytes_after
+    names = {name for name, value in (*model.named_parameters(remove_duplicate=False),
+                                      *model.named_buffers(remove_duplicate=False))
+             if value.numel()}  # fmt: skip
+    assert names == {*report.kept, *(f"{name}.blocks" for name in report.quantized)}
+
+
+def dequantized(plain: nn.Module, model: nn.Module) -> nn.Module:
+    """The model as it was, with the values that its blocks have."""
+    plain = copy.deepcopy(plain)
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantLinear, QuantEmbedding)):
+            weight = plain.get_submodule(name).weight
+            weight.data = module.dequantize(weight.dtype)
+    return plain
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def test_from_linear(fmt) -> None:
@@ -291,17 +328,39 @@ def test_requires_grad_spares_the_blocks() -> None:
 def test_quantize_model_and_report() -> None:
     model = Tied()
     plain = copy.deepcopy(model)
+    before = real_size(model)
     report = quantize_(model, "q4_k")
     assert report.quantized == {
         "embed": "q4_k", "hidden": "q4_k", "odd": "q4_k", "head": "q4_k"
     }  # fmt: skip
-    assert report.skipped == {"back": "columns must be a multiple of 256 for q4_k, got 100"}
-    assert report.bytes_before == 4 * (50 * 256 + 256 * 512 + 512 * 100)  # tied: counted once
-    assert report.bytes_after == (50 * 256 + 256 * 512 + 512 * 100) // 256 * 144
+    reason = "columns must be a multiple of 256 for q4_k or of 32 for q5_0, got 100"
+    assert report.kept["back.weight"] == (reason, 4 * 100 * 256)
+    reason = "biases and norms: tensors of fewer than 2 dimensions"
+    assert report.kept["odd.bias"] == (reason, 4 * 100)
+    assert set(report.kept) == {"back.weight", "back.bias", "hidden.bias", "odd.bias"}
+    assert report.quantized_bytes == (50 * 256 + 256 * 512 + 512 * 100) // 256 * 144
+    check_sizes(report, model, before)
+    assert report.ratio == report.bytes_after / before
     assert type(model.back) is nn.Linear
     ids = torch.arange(50)
     error = (model(ids) - plain(ids)).norm() / plain(ids).norm()
     assert 0 < error < 0.2
+
+
+def test_the_report_as_a_table() -> None:
+    model = nn.Sequential(
+        nn.Embedding(2000, 256), nn.Linear(256, 64), nn.Linear(64, 7), nn.Linear(7, 7)
+    )
+    report = quantize_(model, "q4_k")
+    short = "biases and norms: tensors of fewer than 2 dimensions"
+    assert str(report).splitlines() == [
+        "model      2.1 MB -> 298.0 kB (ratio 0.14)",
+        "quantized  297.5 kB: 2 q4_k, 1 q5_0",
+        "fallback   1 q5_0 instead of q4_k",
+        f"kept       0.3 kB: {short}: 1.bias and 2 more",
+        "kept       0.2 kB: columns must be a multiple of 256 for q4_k or of 32 for q5_0, got 7: "
+        "3.weight",
+    ]
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -320,7 +379,8 @@ def test_a_module_in_two_places_stays_one() -> None:
     report = quantize_(model, "q4_0")
     assert model[0] is model[2]
     assert report.quantized == {"0": "q4_0", "2": "q4_0"}
-    assert report.bytes_before == 256 * 256 * 4
+    assert report.bytes_before == (256 * 256 + 256) * 4
+    assert sorted(kept.nbytes for kept in report.kept.values()) == [0, 256 * 4]
 
 
 def test_filter_formats_by_name_and_function() -> None:
@@ -359,7 +419,8 @@ def test_quantize_refuses_before_it_changes_anything() -> None:
 def test_training_mode_and_other_dtypes() -> None:
     model = nn.Sequential(nn.Linear(256, 256).double(), nn.Linear(256, 8)).eval()
     report = quantize_(model, "q4_0")
-    assert report.skipped == {"0": "weight must be float32, float16 or bfloat16, got torch.float64"}
+    reason = "weight must be float32, float16 or bfloat16, got torch.float64"
+    assert report.kept["0.weight"] == (reason, 256 * 256 * 8)
     assert model[1].training is False
 
 
@@ -369,3 +430,526 @@ def test_subclasses_are_left_alone() -> None:
 
     model = nn.Sequential(Special(256, 256))
     assert quantize_(model, "q4_0").quantized == {}
+
+
+def test_rows_that_do_not_fit_get_a_shorter_format(fmt) -> None:
+    """As llama.cpp's recipes have it; not where that is turned off."""
+    columns = 96
+    fits = columns % fmt.block_elems == 0
+    wanted = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+    model = nn.Sequential(nn.Linear(columns, 8), nn.Linear(8, 8))
+    report = quantize_(model, fmt)
+    assert report.quantized == {"0": wanted.get(fmt.name, fmt.name)}
+    assert report.fallbacks == ({} if fits else {"0": fmt.name})
+    assert model[0].format == report.quantized["0"]
+    strict = nn.Sequential(nn.Linear(columns, 8))
+    report = quantize_(strict, fmt, fallback=False)
+    assert report.quantized == ({"0": fmt.name} if fits else {})
+    assert report.fallbacks == {}
+    if not fits:
+        reason = f"columns must be a multiple of 256 for {fmt.name}, got 96"
+        assert report.kept["0.weight"] == (reason, 8 * columns * 4)
+
+
+@pytest.mark.parametrize("recipe", recipes.all(), ids=lambda recipe: recipe.name)
+def test_a_mix_in_a_model_that_no_rule_is_of(recipe: recipes.Recipe) -> None:
+    base = recipe.base.name
+    best = "q8_0" if base == "q8_0" else "q6_k"
+    model = Tied()
+    mixed = quantize_(model, recipe)
+    assert mixed.mix == f"{recipe.name}, the general rule: {base}, output layer apart"
+    assert mixed.mix in str(mixed)
+    assert mixed.quantized == {"embed": best, "hidden": base, "odd": base, "head": best}
+
+    class Untied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(50, 256), nn.Linear(256, 50)
+            self.narrow = nn.Linear(96, 50)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.out
+
+    report = quantize_(Untied(), recipe)
+    assert (report.quantized["embed"], report.quantized["out"]) == (base, best)
+    assert report.quantized["narrow"] == recipes.fitting(recipe.base, 96).name
+    # A name that is a format's, too, is the format's.
+    name = recipe.name.upper()
+    report = quantize_(Untied(), name)
+    is_format = recipe.name in [fmt.name for fmt in formats.all()]
+    assert report.mix == (None if is_format else mixed.mix)
+    assert report.quantized["out"] == (base if is_format else best)
+
+
+# ---- ties ----------------------------------------------------------------------------------------
+
+
+class Special(nn.Linear):
+    """A subclass, of which nobody knows what it does."""
+
+
+class Apart(nn.Module):
+    """Holds a parameter of its own, no layer's."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.table = weight
+
+
+def triple(*others: nn.Module) -> nn.Module:
+    """An embedding, a linear layer deep inside, and others, all with one weight."""
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 256)})
+    model["deep"] = nn.Sequential(nn.Sequential(nn.Linear(256, 40)))
+    model["deep"][0][0].weight = model["embed"].weight
+    for place, other in enumerate(others):
+        if hasattr(other, "weight"):
+            other.weight = model["embed"].weight
+        else:
+            other = Apart(model["embed"].weight)
+        model[f"other{place}"] = other
+    return model
+
+
+def test_three_modules_with_one_weight() -> None:
+    model = triple(nn.Linear(256, 40, bias=False))
+    before = real_size(model)
+    report = quantize_(model, "q4_k")
+    assert set(report.quantized) == {"embed", "deep.0.0", "other0"}
+    assert model["embed"].blocks is model["deep"][0][0].blocks is model["other0"].blocks
+    check_sizes(report, model, before)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (Special(256, 40), "Special is a subclass that may do more"),
+        (nn.Module(), "Apart is no nn.Linear or nn.Embedding"),
+        (nn.Embedding(40, 256, max_norm=1.0), "max_norm must be None, got 1.0"),
+    ],
+)
+def test_a_tie_to_something_that_stays(other: nn.Module, reason: str) -> None:
+    model = triple(other)
+    before = real_size(model)
+    report = quantize_(model, "q4_k")
+    assert report.quantized == {}
+    name = "other0.table" if "Apart" in reason else "other0.weight"
+    assert report.kept["embed.weight"] == (
+        f"tied to {name}, which stays: {reason}", 40 * 256 * 4
+    )  # fmt: skip
+    assert report.kept["deep.0.0.weight"] == (f"tied to {name}, which stays: {reason}", 0)
+    assert report.kept[name] == (reason, 0)
+    assert model["embed"].weight is model["deep"][0][0].weight
+    check_sizes(report, model, before)
+
+
+def test_one_side_of_a_tie_is_not_chosen() -> None:
+    for chosen in (
+        {"filter_fn": lambda module, name: isinstance(module, nn.Linear)},
+        {"fmt": {"hidden": "q4_k", "odd": "q4_k", "head": "q4_k"}},
+        {"fmt": lambda name: "q4_k" if name != "embed" else None},
+    ):
+        model = Tied()
+        before = real_size(model)
+        report = quantize_(model, **{"fmt": "q4_k", **chosen})
+        assert set(report.quantized) == {"hidden", "odd"}
+        assert report.kept["embed.weight"] == ("not chosen", 50 * 256 * 4)
+        reason = "tied to embed.weight, which stays: not chosen"
+        assert report.kept["head.weight"] == (reason, 0)
+        assert model.head.weight is model.embed.weight
+        check_sizes(report, model, before)
+
+
+def test_equal_views_of_one_memory_are_a_tie() -> None:
+    model = Tied()
+    model.head.weight = nn.Parameter(model.embed.weight.data)
+    before = real_size(model)
+    report = quantize_(model, "q4_k")
+    assert model.head.blocks is model.embed.blocks
+    check_sizes(report, model, before)
+
+
+def test_a_part_or_a_transpose_of_another_weight_stays() -> None:
+    model = nn.ModuleDict({name: nn.Linear(256, 256, bias=False) for name in "abc"})
+    model["d"] = nn.Linear(256, 128, bias=False)
+    model["b"].weight = nn.Parameter(model["a"].weight.data.t())
+    model["d"].weight = nn.Parameter(model["c"].weight.data[128:])
+    report = quantize_(model, "q4_k")
+    assert report.quantized == {}
+    reason = "weight shares memory with another tensor of the model, of other shape or strides"
+    assert {kept.reason for kept in report.kept.values()} == {reason}
+    assert {name: kept.nbytes for name, kept in report.kept.items()} == {
+        "a.weight": 256 * 256 * 4, "b.weight": 0, "c.weight": 256 * 256 * 4, "d.weight": 0
+    }  # fmt: skip
+    assert report.bytes_before == report.bytes_after == 2 * 256 * 256 * 4
+    # Neighbours in one memory share nothing.
+    memory = torch.randn(512, 256)
+    model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Linear(256, 256, bias=False))
+    for layer, weight in zip(model, memory.chunk(2), strict=True):
+        layer.weight = nn.Parameter(weight)
+    assert set(quantize_(model, "q4_k").quantized) == {"0", "1"}
+
+
+def test_tied_layers_must_agree() -> None:
+    model = Tied()
+    words = r"share a weight must have one format, got \{'embed': 'q4_k', 'head': 'q6_k'\}"
+    with pytest.raises(ValueError, match=words):
+        quantize_(model, {"hidden": "q4_k", "embed": "q4_k", "head": "q6_k"})
+    assert type(model.hidden) is nn.Linear
+    shared = nn.Linear(256, 256)
+    model = nn.Sequential(shared, shared)
+    with pytest.raises(ValueError, match=r"one format, got q4_k and q6_k for \['0', '1'\]"):
+        quantize_(model, {"0": "q4_k", "1": "q6_k"})
+    # One name of a module is enough.
+    assert quantize_(model, {"1": "q6_k"}).quantized == {"0": "q6_k", "1": "q6_k"}
+
+
+def test_importance_of_tied_layers() -> None:
+    first, second = torch.rand(256), torch.rand(256)
+    for importance, wanted in (
+        ({"head": first}, first),
+        ({"embed": first}, first),
+        ({"head": first, "embed": second}, torch.stack([first, second]).mean(0)),
+    ):
+        model = Tied()
+        weight = model.embed.weight.detach()
+        quantize_(model, "q4_k", importance=importance)
+        assert torch.equal(model.embed.weight, torch_q4.quantize(weight, "q4_k", wanted))
+        assert model.head.blocks is model.embed.blocks
+
+
+# ---- what stays ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_transformer_layers_still_run(training: bool) -> None:
+    """In eval an encoder layer hands `linear1.weight` to a kernel of its own."""
+    layer = nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True)
+    other = nn.TransformerDecoderLayer(256, 4, 512, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.TransformerEncoder(layer, 2),
+            "layer": copy.deepcopy(layer),
+            "decoder": nn.TransformerDecoder(other, 2),
+            "attention": nn.MultiheadAttention(256, 4, batch_first=True),
+            "last": nn.Linear(256, 256),
+        }
+    ).train(training)
+    plain, before = copy.deepcopy(model), real_size(model)
+    report = quantize_(model, "q4_k")
+    check_sizes(report, model, before)
+    assert set(report.quantized) == {
+        "last", *(f"decoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2))
+    }  # fmt: skip
+    for name, reason in (
+        ("encoder.layers.1.linear2.weight", "TransformerEncoder reads its weight"),
+        ("layer.linear1.weight", "TransformerEncoderLayer reads its weight"),
+        ("attention.out_proj.weight", "MultiheadAttention reads its weight"),
+        ("attention.in_proj_weight",
+         "MultiheadAttention is no nn.Linear or nn.Embedding (2 dimensions)"),
+    ):  # fmt: skip
+        assert report.kept[name].reason == reason
+    x = torch.randn(2, 5, 256)
+
+    def run(model: nn.ModuleDict) -> torch.Tensor:
+        y = model["encoder"](x) + model["layer"](x)
+        y = model["decoder"](y, x) + model["attention"](x, x, x)[0]
+        return model["last"](y)
+
+    with torch.no_grad():
+        assert relative_error(run(model), run(dequantized(plain, model))) < 1e-5
+
+
+class Reader(nn.Module):
+    """Reads its layers' weights in the ways that code has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abcdefghijkl":
+            self.add_module(name, nn.Linear(256, 256))
+        self.inner = nn.Sequential(nn.Linear(256, 256))
+        self.many = nn.ModuleList(nn.Linear(256, 256) for _ in range(2))
+        self.named = nn.ModuleDict({"x": nn.Linear(256, 256)})
+        self.bare = nn.ModuleList([nn.Linear(256, 256)])
+        self.time = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+
+    def _init_weights(self) -> None:
+        self.l.weight.data.zero_()  # nothing that forward calls
+
+    @property
+    def kind(self) -> torch.dtype:
+        return self.d.weight.dtype
+
+    def helper(self) -> torch.Tensor:
+        return self.e.weight
+
+    def deviceless(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.k.weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.a.weight.dtype)
+        alias = self.b
+        x = x @ alias.weight.T
+        x = (lambda y: y @ self.c.weight)(x).to(self.kind)
+        x = x @ self.helper() + self.inner[0].weight
+        for layer in self.many:
+            x = x @ layer.weight
+        for block in self.named.values():
+            x = x + block.weight.sum()
+        x = x.to(next(self.time.parameters()).dtype)
+        for layer in (self.f, self.g):
+            x = layer(x)
+        return self.deviceless(self.bare[0](self.time(x)))
+
+
+class Derived(Reader):
+    """Reads in what it inherits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Reader, Derived])
+def test_weights_that_other_modules_read(cls: type[Reader]) -> None:
+    model = nn.Sequential(cls())
+    report = quantize_(model, "q4_k")
+    kept = {
+        name.removesuffix(".weight").removeprefix("0."): kept.reason
+        for name, kept in report.kept.items()
+        if name.endswith("weight")
+    }
+    reads, takes = f"{cls.__name__} reads its weight", "takes its dtype from parameters()"
+    wanted = {name: reads for name in ("a", "b", "c", "d", "e", "inner.0", "many.0", "many.1")}
+    wanted["named.x"] = reads
+    assert kept.pop("time.0") == f"{cls.__name__} {takes}"
+    # Elements of a container of this code: which of them are read cannot be told.
+    assert kept.pop("bare.0") == reads
+    assert kept == wanted
+    assert {"0.f", "0.g", "0.k", "0.l", "0.time.1"} <= report.quantized.keys()
+
+
+def test_forward_on_the_object_reads() -> None:
+    model = nn.Sequential(nn.ModuleDict({"a": nn.Linear(256, 256), "b": nn.Linear(256, 256)}))
+    model[0].forward = types.MethodType(lambda self, x: self.a.weight @ x, model[0])
+    report = quantize_(model, "q4_k")
+    assert report.quantized == {"0.b": "q4_k"}
+    assert report.kept["0.a.weight"].reason == "ModuleDict reads its weight"
+
+
+def test_modules_that_compute_their_weight() -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(5)))
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[1])
+    nn.utils.spectral_norm(model[2])
+    prune.l1_unstructured(model[3], "weight", 0.5)
+    before = real_size(model)
+    x = torch.randn(3, 256)
+    model.eval()
+    report = quantize_(model, "q4_k")
+    check_sizes(report, model, before)
+    assert report.quantized == {"4": "q4_k"}
+    for place, leaf in enumerate(
+        ("parametrizations.weight.original1", "weight_v", "weight_orig", "weight_orig")
+    ):
+        reason = f"the weight of {place} is computed from it"
+        assert report.kept[f"{place}.{leaf}"].reason == reason
+    assert model(x).isfinite().all()
+
+
+def test_lazy_modules_stay() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.Linear(256, 8), nn.LazyConv1d(4, 3))
+    report = quantize_(model, "q4_k_s")
+    assert report.quantized == {"1": "q4_k"}
+    for name in ("0.weight", "0.bias", "2.weight"):
+        assert report.kept[name] == ("not initialised yet", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: layer.register_buffer("mask", torch.ones(3)),
+         "the layer holds further tensors: mask"),
+        (lambda layer: layer.register_module("adapter", nn.Identity()),
+         "the layer holds further tensors: adapter"),
+        (lambda layer: setattr(layer, "forward", lambda x: x),
+         "the object has a forward of its own"),
+        (lambda layer: layer.register_state_dict_pre_hook(print),
+         "the layer has hooks on its state dict"),
+        (lambda layer: layer.register_load_state_dict_post_hook(print),
+         "the layer has hooks on its state dict"),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(torch.empty(0, 256))),
+         "weight must be a matrix with elements, got shape (0, 256)"),
+    ],
+)  # fmt: skip
+def test_layers_with_something_more(change, reason: str) -> None:
+    model = nn.Sequential(nn.Linear(256, 8))
+    change(model[0])
+    report = quantize_(model, "q4_k")
+    assert report.quantized == {}
+    assert not model[0].weight.numel() or report.kept["0.weight"].reason == reason
+
+
+def test_hooks_move_along() -> None:
+    model = nn.Sequential(nn.Embedding(9, 256), nn.Linear(256, 256), nn.Linear(256, 8))
+    seen: list[object] = []
+    handles = [
+        model[1].register_forward_pre_hook(lambda module, args: seen.append("before")),
+        model[1].register_forward_hook(lambda module, args, y: seen.append(type(module))),
+        model[1].register_forward_hook(
+            lambda module, args, kwargs, y: seen.append(kwargs), with_kwargs=True
+        ),
+        model[2].register_full_backward_hook(lambda module, grads, out: seen.append("backward")),
+        model[0].register_forward_hook(lambda module, args, y: y.requires_grad_()),
+    ]
+    quantize_(model, "q4_k")
+    model(torch.tensor([1, 2])).sum().backward()
+    assert seen == ["before", QuantLinear, {}, "backward"]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(torch.tensor([1, 2]))
+    assert seen == []
+
+
+def test_quantising_twice() -> None:
+    model = Tied()
+    quantize_(model, {"hidden": "q6_k"})
+    before = real_size(model)
+    report = quantize_(model, "q4_k", importance={"hidden": torch.ones(256)})
+    check_sizes(report, model, before)
+    assert report.kept["hidden.blocks"] == ("quantised already, q6_k", 512 * 210)
+    assert "hidden" not in report.quantized
+
+
+# ---- embeddings that scale -----------------------------------------------------------------------
+
+
+class Scaled(nn.Embedding):
+    def __init__(self, *args, scale: object = 3.7, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.embed_scale = scale
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+class ScaledByBuffer(Scaled):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, scale=None, **kwargs)
+        del self.embed_scale
+        self.register_buffer("embed_scale", torch.tensor(25.3), persistent=False)
+
+    def forward(self, ids):
+        return nn.Embedding.forward(self, ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class Dropping(Scaled):
+    def forward(self, ids):
+        return nn.functional.dropout(super().forward(ids), 0.5, self.training)
+
+
+class Shifted(Scaled):
+    def forward(self, ids):
+        return super().forward((ids + 2) % self.num_embeddings)
+
+
+class Padded(Scaled):
+    def forward(self, ids):
+        return super().forward(ids).masked_fill((ids == 40)[..., None], 0)
+
+
+def test_scaled_embeddings(dtype) -> None:
+    for table in (Scaled(50, 256, scale=16.0), ScaledByBuffer(50, 256, padding_idx=3)):
+        model = Tied()
+        model.embed, model.head.weight = table, table.weight
+        model.to(dtype)
+        plain, before = copy.deepcopy(model), real_size(model)
+        report = quantize_(model, "q6_k")
+        check_sizes(report, model, before)
+        assert type(model.embed) is ScaledQuantEmbedding
+        assert model.head.blocks is model.embed.blocks
+        ids = torch.arange(50).view(5, 10)
+        assert torch.equal(model.embed(ids), dequantized(plain, model).embed(ids))
+        assert model.embed.padding_idx == plain.embed.padding_idx
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        Dropping(50, 256, scale=1.0), Shifted(50, 256), Padded(50, 256, padding_idx=40, scale=2.0),
+        Scaled(50, 256, scale=nn.Parameter(torch.tensor(2.0))),
+        Scaled(50, 256, scale=torch.ones(256)), Scaled(50, 256, scale=None),
+    ],
+    ids=["dropping", "shifted", "padded", "trained", "vector", "none"],
+)  # fmt: skip
+def test_embeddings_that_do_something_else_stay(table: nn.Embedding) -> None:
+    table.weight.data.normal_()
+    model = Tied()
+    model.embed, model.head.weight = table, table.weight
+    report = quantize_(model, "q4_k")
+    assert set(report.quantized) == {"hidden", "odd"}
+    reason = f"{type(table).__name__} is a subclass that may do more"
+    assert report.kept["embed.weight"].reason == reason
+    assert model.head.weight is model.embed.weight
+
+
+# ---- all or nothing ------------------------------------------------------------------------------
+
+
+def spoilt(name: str, place: tuple[int, int], value: float) -> Tied:
+    model = Tied()
+    model.get_submodule(name).weight.data[place] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (spoilt("odd", (99, 511), float("nan")), {},
+         r"quantize_: 'odd': weight must be finite, got nan at \(99, 511\)"),
+        (spoilt("head", (49, 3), float("-inf")), {},
+         r"quantize_: 'embed': weight must be finite, got -inf at \(49, 3\)"),
+        (Tied(), {"importance": {"odd": torch.ones(511)}},
+         r"quantize_: 'odd': importance must have shape \(512,\), got \(511,\)"),
+        (Tied(), {"importance": {"odd": torch.full((512,), float("nan"))}},
+         r"quantize_: 'odd': importance must be finite and at least 0, got nan for column 0"),
+        (Tied(), {"importance": {"head": -torch.ones(256)}},
+         r"quantize_: 'head': importance must be finite and at least 0, got -1.0 for column 0"),
+        (Tied().to("meta"), {}, r"quantize_: 'embed': weight must have data, got a meta tensor"),
+    ],
+)  # fmt: skip
+def test_every_rule_is_checked_before_the_first_layer(model: Tied, options, words: str) -> None:
+    state = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=words):
+        quantize_(model, "q4_k", **options)
+    assert [type(module) for module in model.children()] == [
+        nn.Embedding, nn.Linear, nn.Linear, nn.Linear, nn.Linear
+    ]  # fmt: skip
+    assert all(value is state[name] for name, value in model.named_parameters())
+
+
+def test_importance_of_another_type_is_refused_first() -> None:
+    model = Tied()
+    with pytest.raises(TypeError, match=r"'odd': importance must be float32, got torch\.float64"):
+        quantize_(model, "q4_k", importance={"odd": torch.ones(512).double()})
+    assert type(model.embed) is nn.Embedding
+
+
+def test_a_weight_that_stays_need_not_be_finite() -> None:
+    model = spoilt("back", (0, 0), float("nan"))
+    assert "back" not in quantize_(model, "q4_k").quantized
+
+
+def test_dense_weights_are_freed_one_by_one() -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
+    dense = [weakref.ref(layer.weight) for layer in model]
+    alive: list[int] = []
+    real = torch_q4._quantize.quantize
+
+    def watched(*args):
+        alive.append(sum(weight() is not None for weight in dense))
+        return real(*args)
+
+    with unittest.mock.patch("torch_q4._quantize.quantize", watched):
+        quantize_(model, "q4_k")
+    assert alive == [4, 3, 2, 1]

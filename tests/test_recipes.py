@@ -182,3 +182,20 @@ def test_refused() -> None:
         recipes.choose("q4_k_m", tensors, None)
     with pytest.raises(ValueError, match=r"must be a regular expression, got '\('"):
         recipes.choose("q4_k_m", tensors, None, pure=True, overrides=[("(", "q4_0")])
+
+
+def test_fitting(fmt) -> None:
+    assert recipes.fitting(fmt, 512) == fmt
+    assert recipes.fitting(fmt, 40) is None
+    shorter = recipes.fallback(fmt)
+    assert recipes.fitting(fmt, 288) == (fmt if fmt.block_elems == 32 else shorter)
+    assert (shorter is None) == (fmt.block_elems == 32)
+
+
+def test_what_is_wanted_whether_or_not_it_fits() -> None:
+    tensors = model_tensors(2, columns=288)
+    facts = ModelFacts("llama", 2, 4, 4)
+    wanted = recipes.wanted("q4_k_m", tensors, facts)
+    assert wanted["blk.0.attn_q.weight"] == formats.get("q4_k")
+    assert wanted["output_norm.weight"] is None
+    assert wanted.keys() == recipes.choose("q4_k_m", tensors, facts).keys()

@@ -1,6 +1,7 @@
 """Matrix products with GGML-quantised weights that stay packed, as PyTorch operators."""
 
 from torch_q4 import formats
+from torch_q4._quantize import Kept, QuantizeReport, quantize_
 from torch_q4._tune import TuneReport, tune, tune_model
 from torch_q4.checkpoint import (
     SafetensorsFile,
@@ -12,7 +13,7 @@ from torch_q4.checkpoint import (
 from torch_q4.gguf import GGUFArray, GGUFError, GGUFFile, GGUFTensor, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.importance import Importance, collect_importance, load_importance
-from torch_q4.nn import QuantEmbedding, QuantizeReport, QuantLinear, pack_, quantize_
+from torch_q4.nn import QuantEmbedding, QuantLinear, pack_
 from torch_q4.ops import (
     cpu_isa,
     dequantize,
@@ -33,6 +34,7 @@ __all__ = [
     "GGUFMetadata",
     "GGUFTensor",
     "Importance",
+    "Kept",
     "QuantEmbedding",
     "QuantLinear",
     "QuantizeReport",

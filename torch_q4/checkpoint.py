@@ -27,7 +27,14 @@ from torch_q4._files import AtomicFile, require_file
 from torch_q4._tensors import TensorInfo, TensorLike, described
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFTensor
-from torch_q4.nn import QuantEmbedding, QuantLinear, _Quantized, pack_
+from torch_q4.nn import (
+    QuantEmbedding,
+    QuantLinear,
+    ScaledQuantEmbedding,
+    _Quantized,
+    embedding_scale,
+    pack_,
+)
 
 __all__ = [
     "SafetensorsFile",
@@ -500,8 +507,11 @@ def _check_layer(model: nn.Module, name: str, fmt: Format, stored: Tensor) -> No
             f"load_checkpoint: model must hold the layers to replace, got a bare "
             f"{type(module).__name__}"
         )
-    embedding = isinstance(module, (nn.Embedding, QuantEmbedding))
-    if embedding and type(module) not in (nn.Embedding, QuantEmbedding):
+    if (
+        isinstance(module, (nn.Embedding, QuantEmbedding))
+        and type(module) not in (nn.Embedding, QuantEmbedding)
+        and embedding_scale(module) is None
+    ):
         # A subclass does something of its own; only its author knows how to pack it.
         raise ValueError(
             f"load_checkpoint: {name!r} must be the weight of an nn.Embedding, got "
@@ -537,7 +547,13 @@ def _replace(
         dtype = (
             module.weight.dtype if isinstance(module, nn.Embedding) else module._dtype_marker.dtype
         )
-        new = QuantEmbedding.from_blocks(blocks[key], fmt, dtype, module.padding_idx)
+        if type(module) in (nn.Embedding, QuantEmbedding):
+            new = QuantEmbedding.from_blocks(blocks[key], fmt, dtype, module.padding_idx)
+        else:
+            scale = embedding_scale(module)
+            assert scale is not None  # or _check_layer would have refused it
+            new = ScaledQuantEmbedding.from_blocks(blocks[key], fmt, dtype, module.padding_idx)
+            new.embed_scale = scale
     model.set_submodule(path, new.train(module.training))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import copy
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +10,16 @@ from torch import Tensor, nn
 
 from torch_q4 import formats
 from torch_q4.formats import Format
-from torch_q4.ops import FormatLike, _check_blocks, dequantize, linear_unchecked, quantize
+from torch_q4.ops import (
+    _FLOATS,
+    FormatLike,
+    _check_blocks,
+    dequantize,
+    linear_unchecked,
+    quantize,
+)
 
-__all__ = ["QuantEmbedding", "QuantLinear", "QuantizeReport", "pack_", "quantize_"]
+__all__ = ["QuantEmbedding", "QuantLinear", "ScaledQuantEmbedding", "embedding_scale", "pack_"]
 
 _ops = torch.ops.torch_q4
 
@@ -352,6 +358,81 @@ class QuantEmbedding(_Quantized):
         )
 
 
+class ScaledQuantEmbedding(QuantEmbedding):
+    """A packed embedding whose rows are multiplied by a constant, as Gemma's are.
+
+    Attributes:
+        embed_scale: the constant, a scalar buffer; 1 until it is set.
+    """
+
+    embed_scale: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("embed_scale", torch.ones((), device="cpu"), persistent=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Maps int64 or int32 ``(...)`` to ``(..., K)``."""
+        rows = super().forward(indices)
+        # Rounded to the rows' dtype first: so the models were trained.
+        return rows * self.embed_scale.to(rows.dtype)
+
+
+def embedding_scale(module: nn.Embedding | QuantEmbedding) -> Tensor | None:
+    """The constant by which a subclass of an embedding multiplies its rows.
+
+    It is the attribute ``embed_scale``, a number or a buffer, as transformers' models have it. The
+    module's own ``forward`` is tried on a few rows and must give these products bit for bit.
+
+    Returns:
+        The constant, on the weight's device, or None where the module does anything else.
+    """
+    if isinstance(module, ScaledQuantEmbedding):
+        return module.embed_scale
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, (int, float)):
+        scale = torch.tensor(float(scale))
+    weight = module.weight
+    if not isinstance(scale, Tensor) or isinstance(scale, nn.Parameter) or scale.dim() != 0:
+        return None
+    if not scale.is_floating_point() or scale.is_meta or weight.dtype not in _FLOATS:
+        return None
+    # A copy of the module with a few rows of its own, for the real ones may all be zero.
+    rows, columns = 16, module.embedding_dim
+    twin = copy.copy(module)
+    table = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    vars(twin).update(
+        _parameters={"weight": nn.Parameter(table, requires_grad=False)},
+        _buffers={name: value.cpu() for name, value in module._buffers.items()
+                  if value is not None},
+        num_embeddings=rows,
+        padding_idx=None,
+    )  # fmt: skip
+    last = weight.shape[0] - 1
+    edges = {0, 1, last // 2, last, module.padding_idx or 0}
+    trials = [(twin, torch.arange(rows).view(2, -1)), (twin, torch.tensor([3]))]
+    if not weight.is_meta:
+        trials.append((module, torch.tensor(sorted(edges), device=weight.device)))
+    for trial, ids in trials:
+        was_training = trial.training
+        for training in (False, True):
+            trial.training = training
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    found = trial.forward(ids)
+            except Exception:
+                return None
+            finally:
+                trial.training = was_training
+            wanted = nn.functional.embedding(ids, trial.weight)
+            wanted = wanted * scale.to(wanted)
+            if not isinstance(found, Tensor) or found.dtype != wanted.dtype:
+                return None
+            if not torch.equal(found, wanted):
+                return None
+    return scale.detach().to(weight.device)
+
+
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -379,138 +460,3 @@ def pack_(model: _Model) -> _Model:
     for layer in layers:
         layer.packed = True
     return model
-
-
-@dataclasses.dataclass
-class QuantizeReport:
-    """What :func:`quantize_` did.
-
-    Attributes:
-        quantized: the name of each module that was replaced, and its format.
-        skipped: the name of each module that was chosen but left as it is, and why.
-        bytes_before: bytes of the replaced weights, each tied one counted once.
-        bytes_after: bytes of their blocks, likewise.
-    """
-
-    quantized: dict[str, str] = dataclasses.field(default_factory=dict)
-    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
-    bytes_before: int = 0
-    bytes_after: int = 0
-
-
-def quantize_(
-    model: nn.Module,
-    fmt: FormatLike | Mapping[str, FormatLike] | Callable[[str], FormatLike | None],
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    *,
-    importance: Mapping[str, Tensor] | None = None,
-    compute: str = "exact",
-) -> QuantizeReport:
-    """Replaces a model's linear and embedding layers by quantised ones, in place.
-
-    Layers that share a weight share its blocks afterwards. A layer whose columns are no whole
-    number of blocks, or whose weight is not float32, float16 or bfloat16, is left as it is and
-    reported. Nothing is replaced before every format has been understood.
-
-    Args:
-        model: any module. A model that is itself a layer cannot be replaced in place: use
-            ``QuantLinear.from_linear``.
-        fmt: one format; or formats by module name, modules without one left alone; or a function
-            of the name that returns a format or None.
-        filter_fn: ``filter_fn(module, name)`` says which layers to quantise, torchao's way; by
-            default all of ``nn.Linear`` and ``nn.Embedding`` (subclasses, which may do more than
-            the layer itself, are left alone).
-        importance: float32 ``(in_features,)`` by module name, see :func:`torch_q4.quantize`.
-        compute: the arithmetic of the linear layers, see :func:`torch_q4.linear`.
-
-    Returns:
-        What was quantised and what was skipped, with the reason.
-
-    Raises:
-        ValueError: unknown format or ``compute``, a name that no layer of the model has, or a
-            model that is itself a layer.
-        TypeError: a format of a wrong type.
-    """
-    if compute not in ("exact", "int8"):
-        raise ValueError(f"quantize_: compute must be exact or int8, got {compute}")
-    if type(model) in (nn.Linear, nn.Embedding):
-        raise ValueError(
-            f"quantize_: model must hold the layers to replace, got a bare "
-            f"{type(model).__name__}; use QuantLinear.from_linear or QuantEmbedding.from_embedding"
-        )
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Linear, nn.Embedding)
-    }
-    for what, names in (("fmt", fmt), ("importance", importance)):
-        unknown = sorted(set(names) - set(layers)) if isinstance(names, Mapping) else []
-        if unknown:
-            raise ValueError(f"quantize_: {what} must name layers of the model, got {unknown}")
-
-    chosen: dict[str, Format] = {}
-    for name, module in layers.items():
-        if filter_fn is not None and not filter_fn(module, name):
-            continue
-        if isinstance(fmt, Mapping):
-            wanted = fmt.get(name)
-        elif callable(fmt):
-            wanted = fmt(name)
-        else:
-            wanted = fmt
-        if wanted is not None:
-            chosen[name] = formats.get(wanted)
-
-    report = QuantizeReport()
-    replaced: dict[int, nn.Module] = {}  # a module that stands in two places stays one
-    blocks_of: dict[tuple[int, str], nn.Parameter] = {}  # and so does a weight of two modules
-    keep_alive: list[nn.Module] = []  # ids above stay unique while their owners live
-    for name, found in chosen.items():
-        module = layers[name]
-        reason = _reason_to_skip(module, found)
-        if reason is not None:
-            report.skipped[name] = reason
-            continue
-        keep_alive.append(module)
-        if id(module) not in replaced:
-            key = (id(module.weight), found.name)
-            if key not in blocks_of:
-                weight = module.weight.detach()
-                weights = importance.get(name) if importance is not None else None
-                blocks = quantize(weight, found, weights)
-                _ops.pack_.default(blocks, found.type_id)
-                blocks_of[key] = nn.Parameter(blocks, requires_grad=False)
-                report.bytes_before += weight.numel() * weight.element_size()
-                report.bytes_after += blocks.numel()
-            replaced[id(module)] = _replacement(module, blocks_of[key], found, compute)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replaced[id(module)])
-        report.quantized[name] = found.name
-    return report
-
-
-def _reason_to_skip(module: nn.Module, fmt: Format) -> str | None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    columns = weight.shape[-1]
-    if columns % fmt.block_elems:
-        return f"columns must be a multiple of {fmt.block_elems} for {fmt.name}, got {columns}"
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"weight must be float32, float16 or bfloat16, got {weight.dtype}"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return f"max_norm must be None, got {module.max_norm}"
-    return None
-
-
-def _replacement(
-    module: nn.Module, blocks: nn.Parameter, fmt: Format, compute: str
-) -> QuantLinear | QuantEmbedding:
-    new: QuantLinear | QuantEmbedding
-    if isinstance(module, nn.Linear):
-        new = QuantLinear.from_blocks(blocks, fmt, module.bias, compute=compute, packed=True)
-    else:
-        assert isinstance(module, nn.Embedding)
-        new = QuantEmbedding.from_blocks(
-            blocks, fmt, module.weight.dtype, module.padding_idx, packed=True
-        )
-    return new.train(module.training)

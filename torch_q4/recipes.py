@@ -20,7 +20,17 @@ from torch_q4._tensors import TensorInfo
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFArray
 
-__all__ = ["ARCHITECTURES", "ModelFacts", "Recipe", "all", "choose", "get"]
+__all__ = [
+    "ARCHITECTURES",
+    "ModelFacts",
+    "Recipe",
+    "all",
+    "choose",
+    "fallback",
+    "fitting",
+    "get",
+    "wanted",
+]
 
 # Those whose rules are tested here. llama.cpp has special cases for others.
 ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3")
@@ -41,6 +51,12 @@ class Recipe:
     name: str
     file_type: int
     base: Format
+
+    def output(self, columns: int) -> Format:
+        """What the output layer gets, and the embedding where it is that layer's weight, too."""
+        if columns % self.base.block_elems or self.base.name == "q8_0":
+            return formats.get("q8_0")
+        return formats.get("q6_k")
 
 
 _RECIPES = {
@@ -179,6 +195,39 @@ def choose(
     Raises:
         ValueError: an architecture whose rules are not known, or a bad pattern.
     """
+    tensors = list(tensors)
+    found = wanted(
+        recipe, tensors, facts, has_importance=has_importance, pure=pure, overrides=overrides
+    )
+    types: dict[str, Type] = {}
+    for info in tensors:
+        fmt = found[info.name]
+        if fmt is None:
+            types[info.name] = info.format or info.dtype
+        else:
+            types[info.name] = fitting(fmt, info.columns) or torch.float16
+    return types
+
+
+def wanted(
+    recipe: Recipe | str,
+    tensors: Iterable[TensorInfo],
+    facts: ModelFacts | None,
+    *,
+    has_importance: bool = False,
+    pure: bool = False,
+    overrides: Sequence[tuple[str, Format | str]] = (),
+) -> dict[str, Format | None]:
+    """The format that a mix asks for, whether or not it suits the number of columns.
+
+    The arguments are those of :func:`choose`.
+
+    Returns:
+        Name to format, or to None for what is not quantised.
+
+    Raises:
+        ValueError: an architecture whose rules are not known, or a bad pattern.
+    """
     recipe = recipe if isinstance(recipe, Recipe) else get(recipe)
     tensors = list(tensors)
     if not pure:
@@ -200,16 +249,36 @@ def choose(
         ) from error
 
     rules = _Rules(recipe, facts, [info.name for info in tensors], has_importance)
-    types: dict[str, Type] = {}
+    found: dict[str, Format | None] = {}
     for info in sorted(tensors, key=lambda info: _layer_then_name(info.name)):
         if not may_quantize(info):
-            types[info.name] = info.format or info.dtype
+            found[info.name] = None
             continue
         chosen = next((fmt for pattern, fmt in patterns if pattern.search(info.name)), None)
         if chosen is None:
             chosen = recipe.base if pure else rules.format_of(info)
-        types[info.name] = _fitting(chosen, info.columns)
-    return {info.name: types[info.name] for info in tensors}
+        found[info.name] = chosen
+    return {info.name: found[info.name] for info in tensors}
+
+
+def fitting(fmt: Format, columns: int) -> Format | None:
+    """The format, or where its blocks do not fit, the one that llama.cpp takes instead.
+
+    q2_k and q3_k become q4_0, q4_k q5_0, q5_k q5_1 and q6_k q8_0, whose blocks are shorter.
+
+    Returns:
+        None if the number of columns suits neither.
+    """
+    for each in (fmt, fallback(fmt)):
+        if each is not None and columns % each.block_elems == 0:
+            return each
+    return None
+
+
+def fallback(fmt: Format) -> Format | None:
+    """The format of shorter blocks that llama.cpp takes where this one's do not fit, if any."""
+    name = _FALLBACKS.get(fmt.name)
+    return formats.get(name) if name is not None else None
 
 
 def may_quantize(info: TensorInfo) -> bool:
@@ -234,15 +303,6 @@ def _layer_then_name(name: str) -> tuple[int, str]:
     return (int(match[1]) if match else -1), name
 
 
-def _fitting(fmt: Format, columns: int) -> Type:
-    if columns % fmt.block_elems == 0:
-        return fmt
-    fallback = _FALLBACKS.get(fmt.name)
-    if fallback is not None and columns % formats.get(fallback).block_elems == 0:
-        return formats.get(fallback)
-    return torch.float16
-
-
 class _Rules:
     """The choice for each tensor of one model, asked for in llama.cpp's order."""
 
@@ -261,7 +321,7 @@ class _Rules:
     def format_of(self, info: TensorInfo) -> Format:
         name = info.name
         if name == "output.weight" or (self.tied and name == "token_embd.weight"):
-            return self.output(info.columns)
+            return self.recipe.output(info.columns)
         if "attn_v.weight" in name or "attn_qkv.weight" in name:
             chosen = self.values(self.values_seen)
             self.values_seen += 1
@@ -282,11 +342,6 @@ class _Rules:
     @property
     def experts(self) -> int:
         return self.facts.experts if self.facts is not None else 0
-
-    def output(self, columns: int) -> Format:
-        if columns % self.recipe.base.block_elems or self.recipe.base.name == "q8_0":
-            return formats.get("q8_0")
-        return formats.get("q6_k")
 
     def values(self, index: int) -> str | None:
         assert self.facts is not None

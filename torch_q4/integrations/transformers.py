@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch_q4.formats import Format
 from torch_q4.gguf import GGUFArray, GGUFFile, GGUFTensor, _shown, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
-from torch_q4.nn import QuantEmbedding, QuantLinear, pack_
+from torch_q4.nn import QuantEmbedding, QuantLinear, ScaledQuantEmbedding, pack_
 
 # Older ones convert GGUF tokenizers wrongly, without a word.
 _TRANSFORMERS = (5, 18)
@@ -58,26 +58,6 @@ __all__ = ["ScaledQuantEmbedding", "load_gguf_model"]
 
 _OP = "load_gguf_model"
 _PAGE = 4096
-
-
-class ScaledQuantEmbedding(QuantEmbedding):
-    """A packed embedding whose rows are multiplied by a constant, as Gemma's are.
-
-    Attributes:
-        embed_scale: the constant, a scalar buffer; 1 until it is set.
-    """
-
-    embed_scale: Tensor
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("embed_scale", torch.ones((), device="cpu"), persistent=False)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """Maps int64 or int32 ``(...)`` to ``(..., K)``."""
-        rows = super().forward(indices)
-        # Rounded to the rows' dtype first: so the models were trained.
-        return rows * self.embed_scale.to(rows.dtype)
 
 
 # ---- architectures -------------------------------------------------------------------------------
