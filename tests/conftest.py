@@ -31,6 +31,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The fuzzers' long forms run only where they are asked for."""
+    if "fuzz" in config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("fuzz")]
+    items[:] = [item for item in items if not item.get_closest_marker("fuzz")]
+    config.hook.pytest_deselected(items=long)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
