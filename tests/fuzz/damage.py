@@ -152,7 +152,9 @@ def inner_json(rng: random.Random, text: str) -> str:
         tree = None
     if isinstance(tree, dict):
         return json.dumps(change_json(rng, tree))
-    return bytes(change_bytes(rng, bytearray(text.encode()))).decode(errors="replace")
+    return bytes(change_bytes(rng, bytearray(text.encode(errors="replace")))).decode(
+        errors="replace"
+    )
 
 
 def json_text(rng: random.Random, tree: Any, *, damaged: bool) -> bytes:

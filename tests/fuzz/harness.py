@@ -43,6 +43,8 @@ KNOWN: tuple[tuple[str, str], ...] = (
     (r"RecursionError: maximum recursion depth.* decoding a JSON", "nested JSON: RecursionError"),
     (r"basename\n.*expected str, bytes or os.PathLike object",
      "an index's shard that is no string: TypeError"),
+    (r"AssertionError: embedded null byte|AssertionError: .*surrogates not allowed",
+     "an index's shard whose name no file can have: refused in Python's words"),
     (r"site-packages/(transformers|huggingface_hub)/",
      "a damaged config.json: transformers' own exceptions come through load_pretrained"),
     (r"got dtype number \d+", "a dtype is told by its number"),
@@ -229,11 +231,11 @@ def _work(module: str, fuzzer: str, seed: int, start: int, stop: int) -> None:
             try:
                 outcome = _measured(functools.partial(_case, *case, number, folder))
             except BaseException:
-                text = traceback.format_exc(limit=-6)[-3000:]
+                text = traceback.format_exc(limit=-6)
                 if known := next((why for words, why in KNOWN if re.search(words, text)), None):
                     print(f"outcome known fault: {known}", flush=True)
                     continue
-                print(f"failure {told}: {text}".replace("\n", "\0"), flush=True)
+                print(f"failure {told}: {text[-3000:]}".replace("\n", "\0"), flush=True)
             else:
                 print(f"outcome {outcome}", flush=True)
     print("done", flush=True)
