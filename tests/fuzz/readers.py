@@ -326,7 +326,7 @@ def imatrix_gguf(rng: random.Random, folder: Path) -> str:
         data = bytearray(path.read_bytes())
         right = rng.random() < 0.2
         for _ in range(0 if right else rng.randrange(1, 3)):
-            if rng.random() < 0.5:
+            if rng.random() < 0.5 and len(data) > 8:
                 place = rng.randrange(0, len(data) - 8)
                 old = int.from_bytes(data[place : place + 8], "little")
                 new = number(rng, old, len(data)) & 2**64 - 1

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import KNOWN, Report, expect, run
+from harness import Report, expect, run
 
 ISAS = ("generic", "avx2", "avxvnni", "avx512", "amx")
 LONG = [pytest.param(False, id=""), pytest.param(True, id="long", marks=pytest.mark.fuzz)]
@@ -131,7 +131,3 @@ def test_what_goes_wrong_is_told(tmp_path, monkeypatch, fuzzer, words) -> None:
     assert words.replace("planted 0 3", "planted it 0 3") in failure
     with pytest.raises(AssertionError, match="planted it 0 3"):
         expect(report, {})
-
-
-def test_known_faults_are_counted() -> None:
-    assert all(words and why for words, why in KNOWN)
