@@ -85,7 +85,8 @@ sanitize: $(VENV)/ready ## run the library under AddressSanitizer and UBSan
 	$(call SANITIZED,address)
 	$(BIN)/python tests/cpp/run.py build/address/test_kernels
 	@echo "==> sanitize: the library in Python"
-	$(BIN)/python ci/sanitize.py build/address pytest -m "not slow" $(SANITIZED_TESTS)
+	$(BIN)/python ci/sanitize.py build/address pytest -m "not slow" \
+	  --numprocesses $(MAX_JOBS) $(SANITIZED_TESTS)
 SANITIZED_TESTS := tests/test_embedding.py tests/test_errors.py tests/test_formats.py \
   tests/test_linear.py tests/test_pack.py tests/test_quantize.py \
   tests/fuzz/test_fuzzers.py::test_operators \
