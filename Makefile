@@ -65,13 +65,39 @@ rocm-check: ## compile the kernels for every AMD GPU and check the code; needs r
 	ci/hip_root.sh $(HIP_ROOT)
 	$(PYTHON) ci/rocm_check.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS)
 
-# The kernels alone, without torch, under AddressSanitizer and UBSan.
+.PHONY: fuzz
+fuzz: build ## run the long forms of the fuzzers; takes an hour on two cores
+	@echo "==> fuzz: pytest -m fuzz"
+	$(BIN)/python -m pytest -m fuzz --numprocesses $(MAX_JOBS) tests/fuzz
+
+# A build with a sanitizer: the whole library, and what tests/cpp has for it.
+SANITIZED = $(BIN)/cmake -S . -B build/$(1) -DTORCH_Q4_SANITIZE=$(1) -DTORCH_Q4_GPU=off \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/$(1)/torch_q4 \
+  $$($(BIN)/python -c 'import os, torch; d = os.path.dirname(torch.__file__); \
+    print(f"-DTORCH_INCLUDE_DIR={d}/include -DTORCH_LIBRARY_DIR={d}/lib")') && \
+  $(BIN)/cmake --build build/$(1) --parallel $(MAX_JOBS)
+
+# The kernels without torch, on every instruction set and on buffers without a byte to spare. Then
+# the library in Python: every operator, the checks of its arguments, and the readers.
 .PHONY: sanitize
-sanitize: $(VENV)/ready ## run the kernels' C++ tests under the sanitizers
+sanitize: $(VENV)/ready ## run the library under AddressSanitizer and UBSan
 	@echo "==> sanitize: tests/cpp"
-	$(BIN)/cmake -S . -B build/sanitize -DTORCH_Q4_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
-	$(BIN)/cmake --build build/sanitize --parallel $(MAX_JOBS)
-	$(BIN)/python tests/cpp/run.py build/sanitize/test_kernels
+	$(call SANITIZED,address)
+	$(BIN)/python tests/cpp/run.py build/address/test_kernels
+	@echo "==> sanitize: the library in Python"
+	$(BIN)/python ci/sanitize.py build/address pytest -m "not slow" \
+	  --numprocesses $(MAX_JOBS) $(SANITIZED_TESTS)
+SANITIZED_TESTS := tests/test_embedding.py tests/test_errors.py tests/test_formats.py \
+  tests/test_linear.py tests/test_pack.py tests/test_quantize.py \
+  tests/fuzz/test_fuzzers.py::test_operators \
+  tests/fuzz/test_fuzzers.py::test_operators_without_tensors \
+  tests/fuzz/test_fuzzers.py::test_readers
+
+.PHONY: sanitize-threads
+sanitize-threads: $(VENV)/ready ## run the operators on several threads under ThreadSanitizer
+	@echo "==> sanitize-threads: tests/cpp/threads.py"
+	$(call SANITIZED,thread)
+	$(BIN)/python ci/sanitize.py build/thread tests/cpp/threads.py
 
 .PHONY: lint
 lint: $(VENV)/ready ## check formatting, style and types

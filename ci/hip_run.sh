@@ -5,7 +5,8 @@
 #
 # The source tree, the current directory, the temporary directory and the paths in HIP_BIND
 # (separated by colons) are visible inside at their own absolute paths, so that paths in arguments,
-# messages and dependency files mean the same on both sides. The exit status is the command's.
+# messages and dependency files mean the same on both sides. The exit status is the command's. ROOT
+# itself is left as it was: the directories that the paths need exist in memory only.
 set -euo pipefail
 
 die() {
@@ -13,13 +14,16 @@ die() {
   exit 125
 }
 
+# has_files DIR: whether there is anything below DIR but directories.
+has_files() { [[ -n $(find "$1" -mindepth 1 ! -type d -print -quit) ]]; }
+
 # bind ROOT PATH: makes PATH visible inside ROOT.
 bind() {
   local inside=$1$2
   [[ -d $2 ]] || die "HIP_BIND and the directories used must be directories, got '$2'"
   [[ ! $2 -ef $inside ]] || return 0 # lies in a directory that is bound already
   mkdir -p "$inside"
-  [[ -z $(ls -A "$inside") ]] || die "$2 cannot be seen inside: the root has files of its own there"
+  ! has_files "$inside" || die "$2 cannot be seen inside: the root has files of its own there"
   mount --bind "$2" "$inside"
 }
 
@@ -34,16 +38,29 @@ if [[ $1 != --inside ]]; then
   exec unshare "${options[@]}" -- "$(realpath "$0")" --inside "$root" "${@:2}"
 fi
 
-root=$2
+origin=$2
 shift 2
+# What is changed into is in memory and holds the root's directories, so that others can be made
+# beside them. Those without files, /tmp and /home as a rule, are made anew.
+root=$origin/mnt
+mount -t tmpfs -o mode=755 hip_run "$root"
+for path in "$origin"/*; do
+  inside=$root/${path##*/}
+  if [[ -L $path ]]; then
+    cp -P "$path" "$inside"
+  elif [[ -d $path && $path != "$root" ]]; then
+    mkdir "$inside"
+    [[ $path == "$origin/tmp" ]] || ! has_files "$path" || mount --bind "$path" "$inside"
+  fi
+done
 mount --rbind /proc "$root/proc" # hipcc finds its own files through it
 mount --rbind /dev "$root/dev"
-bind "$root" "$(realpath "${TMPDIR:-/tmp}")"
-bind "$root" "$(realpath "$(dirname "$0")/..")"
-IFS=: read -r -a extra <<<"${HIP_BIND:-}"
-for path in "${extra[@]}" "$PWD"; do
-  [[ -z $path || $path == / ]] || bind "$root" "$(realpath "$path")"
-done
+IFS=: read -r -a paths <<<"${HIP_BIND:-}"
+paths+=("${TMPDIR:-/tmp}" "$(dirname "$0")/.." "$PWD")
+# A directory sorts before those in it, and shows them.
+while read -r path; do
+  [[ $path == / ]] || bind "$root" "$path"
+done < <(for path in "${paths[@]}"; do [[ -z $path ]] || realpath "$path"; done | sort -u)
 
 # Programs of the host would run against the wrong libc, and its HIP installation, if there is one,
 # is not this one. LLVM's tools lie in a directory with a version in its name.

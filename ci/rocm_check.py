@@ -781,7 +781,12 @@ class Toolchain:
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs a command; raises ``CompileError`` with its output where it fails."""
         prefix = [str(SOURCE / "ci" / "hip_run.sh"), str(self.root)] if self.root else []
-        result = subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=SOURCE)
+        try:
+            result = subprocess.run([*prefix, *command], capture_output=True, text=True, cwd=SOURCE)
+        except OSError as error:
+            raise CompileError(
+                f"{command[0]} must be on the PATH where --hip-root is not given, got: {error}"
+            ) from error
         if result.returncode != 0:
             # A template's error comes with pages of context; the first few say what is wrong.
             errors = [line for line in result.stderr.splitlines() if "error:" in line]
@@ -825,13 +830,14 @@ def parse_cycles(text: str) -> float:
     return cycles / iterations
 
 
-def modelled(toolchain: Toolchain, kernels: Iterable[Kernel]) -> list[str]:
-    """A line for each of ``MCA_KERNELS`` on the architectures of ``MCA_CLOCKS``.
+def modelled(toolchain: Toolchain, kernels: Iterable[Kernel]) -> tuple[list[str], list[str]]:
+    """A line for each of ``MCA_KERNELS`` on the architectures of ``MCA_CLOCKS``, and the errors.
 
     The model lets a wave wait 320 clocks for each load, as if it came from a cache, and knows
     nothing of other waves: the clocks over those of issuing say how many waves hide the waiting.
     """
-    lines = []
+    lines: list[str] = []
+    errors: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         for kernel in sorted(kernels, key=lambda it: (it.name, natural(it.arch), it.unit)):
             clocks = MCA_CLOCKS.get(kernel.arch)
@@ -841,13 +847,17 @@ def modelled(toolchain: Toolchain, kernels: Iterable[Kernel]) -> list[str]:
                 # It begins one a clock; the data sheet's peak rate says one in 32.
                 outcome = "not modelled: LLVM takes v_wmma for an ordinary instruction"
             else:
-                cycles = toolchain.cycles(kernel.arch, kernel.loop.body, Path(name))
+                try:
+                    cycles = toolchain.cycles(kernel.arch, kernel.loop.body, Path(name))
+                except CompileError as error:
+                    errors.append(f"{kernel.unit} {kernel.name} {kernel.arch}: {error}")
+                    continue
                 outcome = (
                     f"{cycles * clocks:5.0f} clocks a turn, {kernel.loop.instructions * clocks:4} "
                     f"of them issuing, {kernel.weights:g} weights a lane"
                 )
             lines.append(f"{kernel.name:15} {kernel.arch:8} {kernel.unit.lower():8} {outcome}")
-    return lines
+    return lines, errors
 
 
 def compile_all(
@@ -915,7 +925,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     start = time.monotonic()
     toolchain = Toolchain(options.hip_root)
-    print(toolchain.version(), file=sys.stderr)
+    try:
+        print(toolchain.version(), file=sys.stderr)
+    except CompileError as error:
+        print(f"ERROR {error}")
+        return 2
     kernels, errors = compile_all(toolchain, options.format, options.arch, options.jobs)
 
     print("\n".join(table(kernels, options.verbose)))
@@ -927,7 +941,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.table:
         options.table.write_text(markdown(kernels))
     if options.mca:
-        print("", "llvm-mca, of one wave alone:", *modelled(toolchain, kernels), sep="\n")
+        lines, failures = modelled(toolchain, kernels)
+        print("", "llvm-mca, of one wave alone:", *lines, sep="\n")
+        errors += failures
     if over := over_budget(kernels):
         print("", OVER_BUDGET, *over, "", sep="\n")
 

@@ -1,7 +1,7 @@
 """ci/rocm_check.py: what it reads out of the compiler's output, and that it misses no violation.
 
-The outputs are those of hipcc 7.2 and its llvm-objdump for two toy kernels, shortened; no compiler
-is needed here.
+And ci/hip_run.sh, in a root of a few programs. The compilers' outputs are those of hipcc 7.2 and
+its llvm-objdump for two toy kernels, shortened; no compiler is needed here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -455,12 +459,16 @@ def test_modelled() -> None:
     class Model:
         def cycles(self, arch: str, body: list[str], directory: Path) -> float:
             assert directory.is_dir()
+            if "planted" in body:
+                raise rocm_check.CompileError("llvm-mca\nplanted")
             return 100 if arch == "gfx942" else 300
 
     turn = loop(32, vector=64)
     wmma = dataclasses.replace(turn, counts=turn.counts | {"wmma": 2})
-    lines = rocm_check.modelled(Model(), [
+    broken = dataclasses.replace(turn, body=("planted",))
+    lines, errors = rocm_check.modelled(Model(), [
         kernel("matvec_f16_1", "gfx1100", loop=turn),
+        kernel("matvec_f16_1", "gfx1100", unit="Q8_0", loop=broken),
         kernel("matvec_f16_1", "gfx942", loop=turn),
         kernel("matmul_f16_16", "gfx1100", loop=wmma),
         kernel("matvec_f16_1", "gfx906", loop=turn),
@@ -472,6 +480,7 @@ def test_modelled() -> None:
         "matvec_f16_1 gfx942 q4_0 400 clocks a turn, 256 of them issuing, 32 weights a lane",
         "matvec_f16_1 gfx1100 q4_0 300 clocks a turn, 64 of them issuing, 32 weights a lane",
     ]
+    assert errors == ["Q8_0 matvec_f16_1 gfx1100: llvm-mca\nplanted"]
 
 
 def test_table_has_the_figures_by_weight() -> None:
@@ -544,6 +553,102 @@ def test_exit_status(monkeypatch, capsys, tmp_path, formats, status, words) -> N
     assert words in capsys.readouterr().out
     assert len(json.loads(report.read_text())) == len(set(formats) - {"Q5_K"})
     assert markdown.read_text() == ""  # gfx906 stands for none of the devices
+
+
+def test_tools_that_fail_are_errors_and_no_tracebacks(monkeypatch, capsys, tmp_path) -> None:
+    """hipcc that is not there, a root that cannot be used, and an llvm-mca that fails."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert rocm_check.main(["--format", "Q4_0", "--arch", "gfx942"]) == 2
+    assert "ERROR hipcc must be on the PATH where --hip-root is not given" in (
+        capsys.readouterr().out
+    )
+    monkeypatch.undo()
+    assert rocm_check.main(["--arch", "gfx942", "--hip-root", str(tmp_path)]) == 2
+    assert f"hip_run: {tmp_path} is no finished root" in capsys.readouterr().out
+
+    class NoModel(FakeToolchain):
+        def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
+            return [kernel("matvec_f16_1", arch, loop=loop(32, vector=64))]
+
+        def cycles(self, arch: str, body: object, directory: Path) -> float:
+            raise rocm_check.CompileError("llvm-mca\nplanted")
+
+    monkeypatch.setattr(rocm_check, "Toolchain", lambda root: NoModel())
+    assert rocm_check.main(["--format", "Q4_0", "--arch", "gfx942", "--mca"]) == 2
+    assert "ERROR Q4_0 matvec_f16_1 gfx942: llvm-mca\nplanted" in capsys.readouterr().out
+
+
+# ---- ci/hip_run.sh -------------------------------------------------------------------------------
+
+HIP_RUN = PATH.with_name("hip_run.sh")
+
+
+@pytest.fixture(scope="module")
+def small_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root like those of ci/hip_root.sh, with a shell and what it is linked against."""
+    root = tmp_path_factory.mktemp("hip") / "root"
+    for folder in ("dev", "home", "mnt", "proc", "tmp", "usr/bin", "usr/lib"):
+        (root / folder).mkdir(parents=True)
+    (root / "bin").symlink_to("usr/bin")
+    for program in ("env", "sh", "cat"):
+        path = shutil.which(program)
+        assert path is not None
+        shutil.copy(path, root / "usr/bin" / program)
+        listing = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+        for library in re.findall(r"(/\S+)", listing):
+            (root / library[1:]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, root / library[1:])
+    (root / ".hip-root-ready").write_text("planted")
+    options = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
+    mount = ["unshare", *options, "mount", "-t", "tmpfs", "none", str(root / "mnt")]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no mount namespaces here")
+    return root
+
+
+def run_inside(root: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(HIP_RUN), str(root), *command], capture_output=True, text=True,
+                          cwd=HIP_RUN.parent, env={**os.environ, **environment})  # fmt: skip
+
+
+def names(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def test_hip_run_leaves_the_root_as_it_was(small_root, tmp_path) -> None:
+    """Temporary directories within each other, in any order, and one with what a run left there."""
+    before = names(small_root)
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, outer, inner, tmp_path):
+        (folder / "note").write_text(str(folder))
+        script = f"cat {folder}/note && cat {PATH} >/dev/null && echo made >{folder}/made && pwd"
+        result = run_inside(small_root, "sh", "-c", script, TMPDIR=str(folder))
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == f"{folder}{HIP_RUN.parent}\n"
+        assert (folder / "made").read_text() == "made\n"
+    assert run_inside(small_root, "sh", "-c", "exit 7").returncode == 7
+    assert names(small_root) == before
+
+
+def test_hip_run_shows_directories_in_each_other(small_root, tmp_path) -> None:
+    """The temporary directory within the source tree, and one where the root has directories."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    (inner / "note").write_text("found")
+    left_over = small_root / "usr" / "share" / "left" / "over"
+    left_over.mkdir(parents=True)
+    result = run_inside(small_root, "sh", "-c", f"cat {inner}/note && echo /usr/share/*",
+                        TMPDIR=str(inner), HIP_BIND=f"{tmp_path}:/usr/share")  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("found/usr/share/")
+    assert str(left_over.parent.relative_to(small_root)) not in result.stdout
+
+
+def test_hip_run_refuses_to_hide_the_root_s_own_files(small_root) -> None:
+    result = run_inside(small_root, "env", HIP_BIND="/usr/bin")
+    assert result.returncode == 125
+    assert "/usr/bin cannot be seen inside: the root has files of its own there" in result.stderr
 
 
 def test_a_kernel_over_the_budget_is_no_violation(monkeypatch, capsys, tmp_path) -> None:
