@@ -247,22 +247,3 @@ def test_vmap_over_the_first_argument(fmt) -> None:
     indices = torch.randint(0, 12, (2, 5))
     assert torch.equal(torch.vmap(lambda i: torch_q4.embedding(i, blocks, fmt))(indices),
                        torch_q4.embedding(indices, blocks, fmt))  # fmt: skip
-
-
-def test_vmap_over_anything_else_is_refused(fmt) -> None:
-    stacked = torch.stack([random_blocks(fmt, 4, K)] * 2)
-    x = torch.randn(3, K)
-    with pytest.raises(RuntimeError, match="linear: vmap over blocks is not supported"):
-        torch.vmap(lambda b: torch_q4.linear(x, b, fmt))(stacked)
-    with pytest.raises(RuntimeError, match="linear: vmap over bias is not supported"):
-        torch.vmap(lambda b: torch_q4.linear(x, stacked[0], fmt, b))(torch.randn(2, 4))
-    with pytest.raises(RuntimeError, match="embedding: vmap over blocks is not supported"):
-        torch.vmap(lambda b: torch_q4.embedding(torch.tensor([1]), b, fmt))(stacked)
-
-
-def test_functorch_gradients_are_refused_not_wrong() -> None:
-    """torch.library's autograd does not take part in torch.func.grad: torch says so itself."""
-    fmt = formats.get("q4_0")
-    blocks = random_blocks(fmt, 4, K)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda row: torch_q4.linear(row, blocks, fmt).sum())(torch.randn(K))

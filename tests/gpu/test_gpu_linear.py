@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -391,3 +393,26 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
     dense = torch_q4.dequantize(canonical.repeat(groups, 1), fmt, torch.float16)
     assert dense.numel() > 2**31
     assert torch.equal(dense[-16:], torch_q4.dequantize(canonical, fmt, torch.float16))
+
+
+def test_a_weight_that_is_copied_on_each_call_is_reported_once() -> None:
+    """In a process of its own: it is the first one of a process that is reported."""
+    code = f"""
+import warnings, torch, torch_q4
+blocks = torch_q4.quantize(torch.randn(64, 256, device="{DEVICE}"), "q4_0")
+odd = torch.empty(blocks.numel() + 2, dtype=torch.uint8, device="{DEVICE}")[2:]
+odd = odd.view_as(blocks).copy_(blocks)
+x = torch.randn(3, 256, device="{DEVICE}")
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    wanted = torch_q4.linear(x, blocks, "q4_0")
+    assert not seen, seen
+    for _ in range(3):
+        assert torch.equal(torch_q4.linear(x, odd, "q4_0"), wanted)
+    torch_q4.linear(x, odd.clone(), "q4_0")
+print(len(seen), *(str(each.message) for each in seen))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.startswith(
+        "1 linear: blocks are copied on every call, 9216 bytes, since they are not aligned to 16"
+    ), result.stdout + result.stderr

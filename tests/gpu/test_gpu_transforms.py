@@ -175,3 +175,36 @@ def test_inference_mode_and_no_grad_give_the_same(fmt) -> None:
         assert torch.equal(torch_q4.linear(x, packed, fmt, packed=True), wanted)
     direct = ops.linear(x.requires_grad_(), packed, fmt.type_id, None, "exact", True)
     assert torch.equal(direct, wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_derivatives_in_every_mode(fmt, rows) -> None:
+    """The CPU's tests have each of torch's modes; here those that differ in what they launch."""
+    blocks, packed, w = weight(fmt, 37, 768)
+    w = w.float()
+    x, tangent, bias = 0.1 * randn(rows, 768), randn(rows, 768), randn(37)
+
+    def linear(x, bias):
+        return torch_q4.linear(x, packed, fmt, bias, packed=True)
+
+    def plain(x, bias):
+        return F.linear(x, w, bias)
+
+    func = torch.func
+    for derivative in (
+        lambda f: func.jvp(f, (x, bias), (tangent, bias))[1],
+        lambda f: func.grad(lambda v, b: f(v, b).tanh().sum(), argnums=(0, 1))(x, bias),
+        lambda f: func.jvp(func.grad(lambda v: f(v, bias).tanh().sum()), (x,), (tangent,))[1],
+        lambda f: func.vmap(func.grad(lambda v: f(v, bias).tanh().sum()))(x),
+        lambda f: func.vmap(f, in_dims=(None, 0))(x, torch.stack([bias, -bias])),
+    ):
+        got, wanted = derivative(linear), derivative(plain)
+        for one, other in zip(
+            *(each if isinstance(each, tuple) else (each,) for each in (got, wanted)), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3 * float(other.abs().max()))
+    stacked = torch.stack([blocks, blocks.flip(0)])
+    got = func.vmap(lambda b: torch_q4.linear(x, b, fmt))(stacked)
+    torch.testing.assert_close(
+        got, torch.stack([plain(x, None), plain(x, None).flip(-1)]), rtol=2e-3, atol=2e-2
+    )
