@@ -2,9 +2,9 @@
 
 Products of one row with small weights, so that the arithmetic is the least of it; `F.linear` has
 the dequantised weight. The columns are modes of autograd: `x` and `bias` say what requires a
-gradient, `step` is a forward and its backward. All callables take turns and the median round counts, in
-microseconds a call. `--before DIRECTORY` times another checkout's torch_q4 as well, in a process of
-its own that takes turns with this one.
+gradient, `step` is a forward and its backward. All callables take turns and the median round
+counts, in microseconds a call. `--before DIRECTORY` times another checkout's torch_q4 as well, in a
+process of its own that takes turns with this one.
 """
 
 from __future__ import annotations
