@@ -8,12 +8,12 @@ namespace {
 
 // A line per format: name, type number, elements and bytes of a block.
 std::string format_table() {
-  std::ostringstream table;
+  std::string table;
   for (const FormatInfo& info : kFormatInfos) {
-    table << info.name << ' ' << info.type_id << ' ' << info.block_elems << ' ' << info.block_bytes
-          << '\n';
+    table +=
+        text_of(info.name, ' ', info.type_id, ' ', info.block_elems, ' ', info.block_bytes, '\n');
   }
-  return table.str();
+  return table;
 }
 
 std::string cpu_isa() { return cpu::kernels().isa; }

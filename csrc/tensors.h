@@ -5,9 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <iomanip>
+#include <cstdio>
 #include <limits>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -35,10 +34,10 @@ inline Tensor empty_strided(int32_t device_type, int32_t device_index, int64_t d
   }
   // torch's own words on a GPU, by which programs know that a smaller batch may do.
   const bool on_cpu = device_type == aoti_torch_device_type_cpu();
-  std::ostringstream size;
-  size << std::fixed << std::setprecision(0) << bytes;
-  fail(on_cpu ? "out of memory" : "CUDA out of memory", ": torch_q4 could not allocate ",
-       size.str(), " bytes for a tensor of shape (", text, dims == 1 ? ",)" : ")");
+  char size[64];  // a double: the product of the sizes may have no place in 64 bits
+  std::snprintf(size, sizeof(size), "%.0f", bytes);
+  fail(on_cpu ? "out of memory" : "CUDA out of memory", ": torch_q4 could not allocate ", size,
+       " bytes for a tensor of shape (", text, dims == 1 ? ",)" : ")");
 }
 
 // A contiguous one.
@@ -88,8 +87,8 @@ inline int64_t leading(const std::vector<int64_t>& shape) {
 // A contiguous copy.
 inline Tensor copy_of(const Tensor& tensor) {
   int32_t device_type = 0, dtype_code = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype_code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype_code));
   Tensor copy = empty_contiguous(device_type, tensor.get_device_index(), shape_of(tensor),
                                  dtype_code, tensor.element_size());
   torch::stable::copy_(copy, tensor);

@@ -22,7 +22,7 @@ inline void* current_stream(int32_t device) {
       reinterpret_cast<Direct>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   void* stream = nullptr;
   if (direct) {
-    STABLE_TORCH_ERROR_CODE_CHECK(direct(device, &stream));
+    TORCH_ERROR_CODE_CHECK(direct(device, &stream));
     return stream;
   }
   using NativeHandle = AOTITorchError (*)(StreamHandle, void**);
@@ -32,10 +32,10 @@ inline void* current_stream(int32_t device) {
                  "torch_q4: torch must export aoti_torch_get_current_cuda_stream or "
                  "torch_stream_native_handle, got neither; torch 2.10 and later do");
   StreamHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &handle));
   const AOTITorchError error = native_handle(handle, &stream);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_stream(handle));
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_delete_stream(handle));
+  TORCH_ERROR_CODE_CHECK(error);
   return stream;
 }
 
@@ -45,7 +45,7 @@ class Call {
   Call(const char* op, const FormatInfo& format, const Tensor& tensor)
       : op(op), format(format), device(tensor.get_device_index()) {
     int32_t current = -1;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
     if (current != device) guard_.emplace(device);
     stream_ = current_stream(device);
   }

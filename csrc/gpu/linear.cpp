@@ -190,7 +190,7 @@ Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle matrix = nullptr;
   // The offset counts from the tensor's own.
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, /*offset=*/0, &matrix));
   return Tensor(matrix);
 }
@@ -199,7 +199,7 @@ Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
 Tensor dense_linear(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w),
                                     torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -220,9 +220,8 @@ Tensor linear_by_panel(const Call& call, const Tensor& x, const Tensor& blocks,
   dequantize_panel(call, blocks, packed, 0, n, dtype, panel);
   Tensor out = call.empty(shape, dtype);
   const Tensor from = as_matrix(x, m, k), to = as_matrix(out, m, n);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      bias ? products.addmm(to.get(), bias->get(), from.get(), panel.get(), 1, 1)
-           : products.mm(to.get(), from.get(), panel.get()));
+  TORCH_ERROR_CODE_CHECK(bias ? products.addmm(to.get(), bias->get(), from.get(), panel.get(), 1, 1)
+                              : products.mm(to.get(), from.get(), panel.get()));
   return out;
 }
 
@@ -344,13 +343,12 @@ Tensor linear_with(const Tensor& x, const Tensor& blocks, int64_t format_id,
 // round a float32 gradient to 16 bits.
 void dense_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   if (const auto mm = dense_products().mm) {
-    STABLE_TORCH_ERROR_CODE_CHECK(mm(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(mm(out.get(), a.get(), b.get()));
     return;
   }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over what the call returned
 }
 

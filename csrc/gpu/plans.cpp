@@ -1,8 +1,9 @@
 #include "plans.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdlib>
 #include <mutex>
-#include <sstream>
 #include <tuple>
 
 #include "../error.h"
@@ -44,13 +45,14 @@ int check_device(const char* op, int64_t device) {
 
 Plan parse_plan(const char* op, int device, const PlanKey& key, const std::string& text) {
   Plan plan;
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line);) {
-    std::istringstream words(line);
-    int64_t most_rows = 0;
-    std::string name, more;
-    TORCH_Q4_CHECK(words >> most_rows >> name && !(words >> more), op,
+  for (const std::string& line : split_text(text, "\n")) {
+    const std::vector<std::string> words = split_text(line, " ");
+    char* end = nullptr;
+    errno = 0;
+    const int64_t most_rows = words.empty() ? 0 : std::strtoll(words[0].c_str(), &end, 10);
+    TORCH_Q4_CHECK(words.size() == 2 && *end == '\0' && errno == 0, op,
                    ": a line of plan must be MOST_ROWS KERNEL, got ", line);
+    const std::string& name = words[1];
     const int64_t before = plan.empty() ? 0 : plan.back().most_rows;
     TORCH_Q4_CHECK(most_rows > before, op, ": rows of plan must rise, got ", most_rows, " after ",
                    before);
@@ -148,13 +150,13 @@ void set_linear_plan(const char* op, int64_t device_index, const PlanKey& key,
 
 std::string linear_plan(const char* op, int64_t device, const PlanKey& key) {
   const Plan* plan = find_plan(*loaded_plans(check_device(op, device)), key);
-  std::ostringstream text;
+  std::string text;
   if (plan) {
     for (const PlanStep& step : *plan) {
-      text << step.most_rows << ' ' << linear_kernel_name(step.kernel) << '\n';
+      text += text_of(step.most_rows, ' ', linear_kernel_name(step.kernel), '\n');
     }
   }
-  return text.str();
+  return text;
 }
 
 }  // namespace torch_q4::gpu

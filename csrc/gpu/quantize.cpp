@@ -18,7 +18,7 @@ Tensor quantize_on_cpu(const Tensor& w, int64_t format_id,
   std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::to(w, cpu)),
                                     torch::stable::detail::from(format_id),
                                     torch::stable::detail::from(weights)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("torch_q4::quantize", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::to(torch::stable::detail::to<Tensor>(stack[0]), w.device());
 }

@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <fstream>
 #include <mutex>
-#include <sstream>
 #include <vector>
 
 #include "../error.h"
@@ -64,12 +63,7 @@ std::string object_path(const Driver& driver, CodeObject object) {
          (driver.is_hip() ? ".hipfb" : ".fatbin");
 }
 
-std::vector<std::string> words(const std::string& text) {
-  std::istringstream stream(text);
-  std::vector<std::string> result;
-  for (std::string word; stream >> word;) result.push_back(word);
-  return result;
-}
+std::vector<std::string> words(const std::string& text) { return split_text(text, " \n"); }
 
 std::string comma_separated(const std::string& text) {
   std::string result;

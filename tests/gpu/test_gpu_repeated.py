@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 from gpu_support import default_device  # noqa: F401
+from test_derivatives import (  # noqa: F401
+    test_double_backward_and_a_graph_that_is_kept,
+    test_like_the_dequantised_weight,
+    test_of_the_bias,
+    test_of_the_transposed_product,
+    test_vmap_over_every_argument,
+)
+from test_derivatives import weight as weight  # the fixture
 from test_embedding import test_matches_dequantize, test_strided_indices_and_blocks  # noqa: F401
 from test_linear import (  # noqa: F401
     test_blocks_of_any_strides,
@@ -41,7 +49,6 @@ from test_transforms import (  # noqa: F401
     test_compile_linear,
     test_compile_training_step,
     test_export,
-    test_functorch_gradients_are_refused_not_wrong,
     test_gradient_of_one_row_without_leading_dimensions,
     test_gradient_with_strided_upstream,
     test_gradients_match_float64,
@@ -50,7 +57,6 @@ from test_transforms import (  # noqa: F401
     test_opcheck_linear,
     test_opcheck_linear_transposed,
     test_opcheck_quantize,
-    test_vmap_over_anything_else_is_refused,
     test_vmap_over_the_first_argument,
 )
 
