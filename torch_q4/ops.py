@@ -4,17 +4,22 @@ The functions here take formats by name and raise ``ValueError`` or ``TypeError`
 ``torch.ops.torch_q4.*`` are the registered operators underneath: they take ggml's type number,
 raise ``RuntimeError`` with the same words, and are what ``torch.compile`` and ``torch.export`` see.
 Schemas and kernels are in C++ (``csrc/``), for CPU and GPU; this module adds their shape functions
-("fakes"), gradients, autocast and vmap rules.
+("fakes"), derivatives, autocast, vmap rules and counts of operations.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from torch_q4 import formats
 from torch_q4.formats import Format
@@ -39,7 +44,15 @@ if not _LIBRARY.exists():
 torch.ops.load_library(_LIBRARY)
 
 _ops = torch.ops.torch_q4
-_linear_op = _ops.linear.default  # looking it up costs a tenth of a small product
+# Looking these up by their long names costs a tenth of a small product.
+_linear_op = _ops.linear.default
+_transposed_op = _ops.linear_transposed.default
+_is_compiling = torch.compiler.is_compiling
+_is_inference_mode = torch.is_inference_mode_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast = torch._C._is_any_autocast_enabled
+_is_transforming = torch._C._are_functorch_transforms_active
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _COMPUTES = ("exact", "int8")
@@ -261,7 +274,7 @@ def linear(
     found = _BY_NAME.get(fmt) if fmt.__class__ is str else None
     if found is None:
         found = _format("linear", fmt)
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         _check_linear(x, blocks, found, bias, compute)
         return _linear_op(x, blocks, found.type_id, bias, compute, packed)
     try:
@@ -277,7 +290,7 @@ def linear_unchecked(
     x: Tensor, blocks: Tensor, type_id: int, bias: Tensor | None, compute: str, packed: bool
 ) -> Tensor:
     """:func:`linear` by ggml's type number, its arguments checked by the operator alone."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return _linear_op(x, blocks, type_id, bias, compute, packed)
     return _linear_eager(x, blocks, type_id, bias, compute, packed)
 
@@ -285,16 +298,18 @@ def linear_unchecked(
 def _linear_eager(
     x: Tensor, blocks: Tensor, type_id: int, bias: Tensor | None, compute: str, packed: bool
 ) -> Tensor:
-    """The operator; where no gradient can be asked for, past the autograd key.
+    """The operator, past as much of the dispatcher as this call does not need.
 
-    torch.library's rule there is Python, and costs more than a small product. Inference mode leaves
-    the key out by itself.
+    The operator's own rule for derivatives is right in every mode, but it is Python that the
+    dispatcher calls, and costs more than a small product. Inference mode leaves it out by itself.
     """
-    if torch.is_inference_mode_enabled() or (
-        torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    ):
+    if _is_inference_mode() or _is_transforming() or forward_ad._current_level >= 0:
         return _linear_op(x, blocks, type_id, bias, compute, packed)
-    with torch._C._AutoDispatchBelowAutograd():
+    if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        if _is_autocast():  # casts come before the function that is recorded
+            return _linear_op(x, blocks, type_id, bias, compute, packed)
+        return _linear_function(x, blocks, type_id, bias, compute, packed)
+    with _BelowAutograd():
         return _linear_op(x, blocks, type_id, bias, compute, packed)
 
 
@@ -500,57 +515,200 @@ def _(
     return indices.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-# ---- autograd: y = x W^T + b, so dx = dy W and db = sum dy ---------------------------------------
+# ---- derivatives: y = x W^T + b, so dx = dy W and db = sum dy; a tangent passes as x does --------
+
+# One function per operator serves backward, double backward and forward mode, and one kernel under
+# the dispatcher's Autograd key applies it. torch.func's transforms call this kernel once per level,
+# as they call the kernels of torch's own operators; torch.library's register_autograd has neither
+# forward mode nor torch.func. The derivative of int8 arithmetic is that of the exact product.
 
 
-# `inputs` and `needs_input_grad` leave out trailing arguments that have their default values.
+def _derivative_of_linear(x: Tensor, blocks: Tensor, format: int, packed: bool) -> Tensor:
+    """The product where it is a derivative: autocast leaves derivatives in their own dtype."""
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return _linear_op(x, blocks, format, None, "exact", packed)
 
 
-def _argument(inputs: tuple[Any, ...], position: int, default: Any) -> Any:
-    return inputs[position] if len(inputs) > position else default
+def _derivative_of_transposed(grad: Tensor, blocks: Tensor, format: int, packed: bool) -> Tensor:
+    """The transposed product in backward; without another derivative past the autograd key."""
+    if (
+        _is_compiling()
+        or _is_transforming()
+        or forward_ad._current_level >= 0
+        or (_is_grad_enabled() and grad.requires_grad)
+    ):
+        return _transposed_op(grad, blocks, format, packed)
+    with _BelowAutograd():
+        return _transposed_op(grad, blocks, format, packed)
 
 
-def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.format, ctx.packed = inputs[2], _argument(inputs, 5, False)
-    ctx.save_for_backward(inputs[1])
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (blocks,) = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+def _save(ctx: Any, blocks: Tensor) -> None:
+    """Keeps the blocks for the derivatives that can be asked for."""
     if ctx.needs_input_grad[0]:
-        grads[0] = _ops.linear_transposed.default(grad, blocks, ctx.format, ctx.packed)
-    if _argument(ctx.needs_input_grad, 3, False):
-        grads[3] = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
-    return tuple(grads)
+        ctx.save_for_backward(blocks)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(blocks)
 
 
-def _transposed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.format, ctx.packed = inputs[2], _argument(inputs, 3, False)
-    ctx.save_for_backward(inputs[1])
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        blocks: Tensor,
+        format: int,
+        bias: Tensor | None,
+        compute: str,
+        packed: bool,
+        below: Callable[..., Tensor],
+    ) -> Tensor:
+        ctx.format, ctx.packed = format, packed
+        ctx.set_materialize_grads(False)
+        _save(ctx, blocks)
+        with _BelowAutograd():
+            y = below(x, blocks, format, bias, compute, packed)
+        ctx.shape = y.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_grad = bias_grad = None
+        if grad is not None:
+            if ctx.needs_input_grad[0]:
+                (blocks,) = ctx.saved_tensors
+                x_grad = _derivative_of_transposed(grad, blocks, ctx.format, ctx.packed)
+            if ctx.needs_input_grad[3]:
+                bias_grad = grad.sum(tuple(range(grad.dim() - 1))) if grad.dim() > 1 else grad
+        return x_grad, None, None, bias_grad, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, *others: Tensor | None) -> Tensor | None:
+        bias = others[2]
+        if x is None:
+            return None if bias is None else bias.expand(ctx.shape)
+        (blocks,) = ctx.saved_tensors
+        y = _derivative_of_linear(x, blocks, ctx.format, ctx.packed)
+        return y if bias is None else y + bias
 
 
-def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (blocks,) = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    grads[0] = _ops.linear.default(grad, blocks, ctx.format, None, "exact", ctx.packed)
-    return tuple(grads)
+class _LinearTransposed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad: Tensor,
+        blocks: Tensor,
+        format: int,
+        packed: bool,
+        below: Callable[..., Tensor],
+    ) -> Tensor:
+        ctx.format, ctx.packed = format, packed
+        ctx.set_materialize_grads(False)
+        _save(ctx, blocks)
+        with _BelowAutograd():
+            return below(grad, blocks, format, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        first = None
+        if grad is not None:
+            (blocks,) = ctx.saved_tensors
+            first = _derivative_of_linear(grad, blocks, ctx.format, ctx.packed)
+        return first, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        (blocks,) = ctx.saved_tensors
+        return _transposed_op(grad, blocks, ctx.format, ctx.packed)
 
 
-torch.library.register_autograd("torch_q4::linear", _linear_backward, setup_context=_linear_setup)
-torch.library.register_autograd(
-    "torch_q4::linear_transposed", _transposed_backward, setup_context=_transposed_setup
-)
+# torch.autograd.Function.apply is Python around this, with a route of its own for torch.func.
+_apply_linear: Callable[..., Tensor] = super(torch.autograd.Function, _Linear).apply
+_apply_transposed: Callable[..., Tensor] = super(torch.autograd.Function, _LinearTransposed).apply
+_alive = torch._C._functorch.unwrap_if_dead
+
+
+def _linear_function(
+    x: Tensor, blocks: Tensor, type_id: int, bias: Tensor | None, compute: str, packed: bool
+) -> Tensor:
+    """The differentiable product outside of every transform.
+
+    A tensor that has outlived its transform counts as the tensor inside it, as for torch's own.
+    """
+    bias = None if bias is None else _alive(bias)
+    return _apply_linear(_alive(x), _alive(blocks), type_id, bias, compute, packed, _linear_op)
+
+
+_MORE_TRANSFORMS = torch._C.DispatchKey.FuncTorchDynamicLayerBackMode
+
+
+def _below_autograd(op: Any, keys: Any) -> Callable[..., Tensor]:
+    """``op`` beneath the Autograd key.
+
+    Function.apply turns derivatives off for its forward. The transforms outside of the one at hand,
+    which the operator goes through next, get the modes that the caller had.
+    """
+    keys = keys & torch._C._after_autograd_keyset
+    if not keys.has(_MORE_TRANSFORMS):
+        return functools.partial(op.redispatch, keys)
+    backward, forward = _is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+    def call(*args: Any) -> Tensor:
+        with torch.set_grad_enabled(backward), forward_ad._set_fwd_grad_enabled(forward):
+            return op.redispatch(keys, *args)
+
+    return call
+
+
+def _wants_derivative(*tensors: Tensor | None) -> bool:
+    return forward_ad._current_level >= 0 or (
+        _is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    )
+
+
+def _linear_autograd(
+    keys: Any,
+    x: Tensor,
+    blocks: Tensor,
+    format: int,
+    bias: Tensor | None = None,
+    compute: str = "exact",
+    packed: bool = False,
+) -> Tensor:
+    below = _below_autograd(_linear_op, keys)
+    if _wants_derivative(x, bias):
+        with enable_single_level_autograd_function():
+            return _apply_linear(x, blocks, format, bias, compute, packed, below)
+    with _BelowAutograd():
+        return below(x, blocks, format, bias, compute, packed)
+
+
+def _transposed_autograd(
+    keys: Any, grad: Tensor, blocks: Tensor, format: int, packed: bool = False
+) -> Tensor:
+    below = _below_autograd(_transposed_op, keys)
+    if _wants_derivative(grad):
+        with enable_single_level_autograd_function():
+            return _apply_transposed(grad, blocks, format, packed, below)
+    with _BelowAutograd():
+        return below(grad, blocks, format, packed)
+
+
+_library = torch.library.Library("torch_q4", "IMPL")
+_library.impl("linear", _linear_autograd, "Autograd", with_keyset=True)
+_library.impl("linear_transposed", _transposed_autograd, "Autograd", with_keyset=True)
 
 
 # ---- autocast: as F.linear, the product runs in the autocast dtype -------------------------------
 
 
-_autocast_library = torch.library.Library("torch_q4", "IMPL")
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _register_autocast(device_type: str, key: str) -> None:
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def linear_autocast(
         x: Tensor,
@@ -563,10 +721,10 @@ def _register_autocast(device_type: str, key: str) -> None:
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype) if x.dtype in _FLOATS else x
         bias = bias.to(dtype) if bias is not None and bias.dtype in _FLOATS else bias
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _ops.linear.default(x, blocks, format, bias, compute, packed)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return _linear_op(x, blocks, format, bias, compute, packed)
 
-    _autocast_library.impl("linear", linear_autocast, key)
+    _library.impl("linear", linear_autocast, key)
 
 
 _register_autocast("cpu", "AutocastCPU")
@@ -576,29 +734,83 @@ _register_autocast("cuda", "AutocastCUDA")
 # ---- vmap: every operator takes leading dimensions, so a batch of x is one more of them ----------
 
 
-def _batch_first(tensor: Tensor, batch_dim: int) -> Tensor:
-    return tensor.movedim(batch_dim, 0)
+def _each(function: Any, info: Any, in_dims: tuple[int | None, ...], args: Any) -> Tensor:
+    """One call for each sample of the batch, for arguments that no single call can take."""
+
+    def sample(index: int) -> Tensor:
+        return function(
+            *(arg if dim is None else arg.select(dim, index)
+              for arg, dim in zip(args, in_dims, strict=True))
+        )  # fmt: skip
+
+    if info.batch_size:
+        return torch.stack([sample(index) for index in range(info.batch_size)])
+    padded = [
+        arg if dim is None else arg.new_zeros(arg.movedim(dim, 0).shape[1:]).unsqueeze(dim)
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    args = padded
+    one = sample(0)
+    return one.new_empty((0, *one.shape))
 
 
-def _refuse(op: str, what: str, in_dim: int | None) -> None:
-    if in_dim is not None:
-        raise RuntimeError(f"{op}: vmap over {what} is not supported, only over the first argument")
+def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor if dim is None else tensor.movedim(dim, 0)
 
 
-def _register_vmap(op: str, shared: dict[int, str]) -> None:
-    """Batches the first argument of ``op``; the others, named by position, must be shared."""
+def _register_vmap(op: str) -> None:
+    """A batch of the first argument is one call; a batch of any other is a call for each sample."""
     function = getattr(_ops, op).default
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        for position, what in shared.items():
-            _refuse(op, what, in_dims[position] if position < len(in_dims) else None)
-        return function(_batch_first(args[0], in_dims[0] or 0), *args[1:]), 0
+        if any(dim is not None for dim in in_dims[1:]):
+            return _each(function, info, in_dims, args), 0
+        return function(_batch_first(args[0], in_dims[0]), *args[1:]), 0
 
     torch.library.register_vmap(f"torch_q4::{op}", rule)
 
 
-_register_vmap("quantize", {2: "importance"})
-_register_vmap("dequantize", {})
-_register_vmap("linear", {1: "blocks", 3: "bias"})
-_register_vmap("linear_transposed", {1: "blocks"})
-_register_vmap("embedding", {1: "blocks"})
+for _op in ("quantize", "dequantize", "linear_transposed", "embedding"):
+    _register_vmap(_op)
+
+
+def _linear_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    blocks: Tensor,
+    format: int,
+    bias: Tensor | None = None,
+    compute: str = "exact",
+    packed: bool = False,
+) -> tuple[Tensor, int]:
+    """As above; a batch of the bias is one product, to which each sample's bias is added."""
+    x_dim, blocks_dim = in_dims[:2]
+    bias_dim = in_dims[3] if len(in_dims) > 3 else None
+    if blocks_dim is not None:
+        args = (x, blocks, format, bias, compute, packed)
+        dims = (x_dim, blocks_dim, None, bias_dim, None, None)
+        return _each(_linear_op, info, dims, args), 0
+    x = _batch_first(x, x_dim)
+    if bias is None or bias_dim is None:
+        return _linear_op(x, blocks, format, bias, compute, packed), 0
+    y = _linear_op(x, blocks, format, None, compute, packed)
+    if x_dim is None:
+        y = y.unsqueeze(0)
+    biases = _batch_first(bias, bias_dim)
+    return y + biases.reshape(-1, *(1,) * (y.dim() - 2), biases.shape[-1]), 0
+
+
+torch.library.register_vmap("torch_q4::linear", _linear_vmap)
+
+
+# ---- operations, as torch.utils.flop_counter counts them: those of the dense product -------------
+
+
+def _count(x_shape: Any, blocks_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Two for each weight and row: ``out_shape`` and the shape of x end in N and K, or K and N."""
+    return 2 * math.prod(out_shape) * x_shape[-1]
+
+
+for _op in ("linear", "linear_transposed", "_linear_with"):
+    register_flop_formula(getattr(_ops, _op))(_count)
