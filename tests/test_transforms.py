@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -195,6 +197,19 @@ def test_export(fmt) -> None:
     for m in (2, 7):
         x = torch.randn(m, K)
         torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_jit_trace_with_a_trainable_bias() -> None:
+    """A layer that torch.jit.trace records is saved with the operator in it."""
+    fmt = formats.get("q4_0")
+    layer = torch_q4.QuantLinear.from_blocks(random_blocks(fmt, 12, K), fmt, torch.randn(12))
+    x = torch.randn(3, K)
+    traced = torch.jit.trace(layer, x)
+    assert "torch_q4::linear" in str(traced.graph)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(x), layer(x))
 
 
 # ---- autocast ------------------------------------------------------------------------------------
