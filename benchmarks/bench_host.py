@@ -1,10 +1,10 @@
 """What a call costs the host: `linear` and `QuantLinear` beside `F.linear` and `nn.Linear`.
 
-Products of one row with small weights, so that the arithmetic is the least of it; `F.linear` has
-the dequantised weight. The columns are modes of autograd: `x` and `bias` say what requires a
+Products of one row with small weights, so that the arithmetic is the least of it; `F.linear` has a
+weight that is not quantised. The columns are modes of autograd: `x` and `bias` say what requires a
 gradient, `step` is a forward and its backward. All callables take turns and the median round
-counts, in microseconds a call. `--before DIRECTORY` times another checkout's torch_q4 as well, in a
-process of its own that takes turns with this one.
+counts, in microseconds a call. `--before DIRECTORY` times another checkout's torch_q4 as well, in
+a process of its own that takes turns with this one's.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Side:
         )  # fmt: skip
 
     def round(self, size: int, name: str, calls: int) -> dict[str, float]:
-        """What :func:`one_round` returns there."""
+        """See :func:`one_round`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(size, name, calls, file=self._process.stdin, flush=True)

@@ -1,4 +1,4 @@
-"""Derivatives of the products in every mode of torch, against those of the dequantised weight."""
+"""Derivatives in every mode, of every format in both layouts; test_transforms.py has the rest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from conftest import random_blocks
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import torch_q4
-from torch_q4 import formats
 from torch_q4.formats import Format
 
 ops = torch.ops.torch_q4
@@ -39,19 +36,6 @@ class Weight:
 
     def by_operator(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return ops.linear(x, self.blocks, self.fmt.type_id, bias, "exact", self.packed)
-
-    def by_module(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        layer = torch_q4.QuantLinear.from_blocks(
-            self.blocks, self.fmt, torch.zeros(N), packed=self.packed
-        )
-        return torch.func.functional_call(
-            layer, {} if bias is None else {"bias": bias}, (x,)
-        )  # fmt: skip
-
-    def in_int8(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return torch_q4.linear(
-            x, self.blocks, self.fmt, bias, compute="int8", packed=self.packed
-        )  # fmt: skip
 
     def transposed(self, x: Tensor) -> Tensor:
         return ops.linear_transposed(x, self.blocks, self.fmt.type_id, self.packed)
@@ -131,19 +115,6 @@ def test_like_the_dequantised_weight(weight, name) -> None:
 
 
 @pytest.mark.parametrize("name", DERIVATIVES)
-@pytest.mark.parametrize("way", ["by_operator", "by_module", "in_int8"])
-@pytest.mark.parametrize("family", ["q4_0", "q5_1", "q6_k"])
-def test_every_way_to_the_product(family, way, name) -> None:
-    weight = Weight(formats.get(family), packed=family != "q5_1")
-    # Integers over 1024, and the largest of them in each group: int8 holds them exactly, so that
-    # tanh is taken of the same numbers.
-    x, tangent = torch.randint(-127, 128, (3, K)) / 1024, torch.randn(3, K)
-    x[:, ::32] = 127 / 1024
-    derivative = DERIVATIVES[name]
-    close(derivative(getattr(weight, way), x, tangent), derivative(weight.plain, x, tangent))
-
-
-@pytest.mark.parametrize("name", DERIVATIVES)
 def test_of_the_transposed_product(weight, name) -> None:
     """What backward calls, and so what double backward differentiates."""
     x, tangent = 0.1 * torch.randn(3, N), torch.randn(3, N)
@@ -152,7 +123,7 @@ def test_of_the_transposed_product(weight, name) -> None:
           derivative(lambda v: v @ weight.dense, x, tangent))  # fmt: skip
 
 
-@pytest.mark.parametrize("way", ["by_function", "by_operator", "by_module"])
+@pytest.mark.parametrize("way", ["by_function", "by_operator"])
 def test_of_the_bias(weight, way) -> None:
     linear = getattr(weight, way)
     x, bias = 0.1 * torch.randn(3, K), torch.randn(N)
@@ -194,27 +165,6 @@ def test_gradcheck_in_every_mode(weight) -> None:
             )  # fmt: skip
 
 
-def test_only_what_is_asked_for_is_computed(weight) -> None:
-    x, bias = torch.randn(3, K), torch.randn(N)
-    for x_wanted, bias_wanted in ((True, False), (False, True), (True, True), (False, False)):
-        x.requires_grad_(x_wanted)
-        bias.requires_grad_(bias_wanted)
-        y = weight.by_function(x, bias)
-        assert y.requires_grad == (x_wanted or bias_wanted)
-        if not y.requires_grad:
-            continue
-        with FlopCounterMode(display=False) as counter:
-            y.sum().backward()
-        # One transposed product for x, nothing for the bias.
-        assert counter.get_total_flops() == (2 * 3 * N * K if x_wanted else 0)
-        assert (x.grad is not None) == x_wanted
-        assert (bias.grad is not None) == bias_wanted
-        x.grad = bias.grad = None
-    with torch.no_grad():
-        x.requires_grad_(True)
-        assert not weight.by_function(x, bias).requires_grad
-
-
 def test_double_backward_and_a_graph_that_is_kept(weight) -> None:
     found = []
     for linear in (weight.by_function, weight.plain):
@@ -225,27 +175,6 @@ def test_double_backward_and_a_graph_that_is_kept(weight) -> None:
         assert torch.equal(second, again)
         found.append((first.detach(), second))
     close(*found)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoints_and_hooks_on_saved_tensors(weight, reentrant) -> None:
-    x = torch.randn(3, K, requires_grad=True)
-    weight.by_function(x).sum().backward()
-    wanted, x.grad = x.grad, None
-    checkpoint(weight.by_function, x, use_reentrant=reentrant).sum().backward()
-    assert torch.equal(x.grad, wanted)
-    x.grad = None
-    saved: list[torch.dtype] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.dtype)
-        return tensor.clone()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = weight.by_function(x)
-    y.sum().backward()
-    assert torch.equal(x.grad, wanted)
-    assert saved == [torch.uint8], "the blocks alone are kept for backward"
 
 
 def test_vmap_over_every_argument(fmt) -> None:
@@ -272,44 +201,6 @@ def test_vmap_over_every_argument(fmt) -> None:
     indices = torch.randint(0, N, (4, 5))
     rows = vmap(lambda i, b: torch_q4.embedding(i, b, fmt))(indices, blocks)
     assert torch.equal(rows, torch.stack([d[i] for d, i in zip(dense, indices, strict=True)]))
-
-
-def test_embedding_has_no_gradient(fmt) -> None:
-    """Its arguments are integers. It takes part in a differentiable function as a constant."""
-    blocks = random_blocks(fmt, N, K)
-    rows = torch_q4.embedding(torch.tensor([1, 2]), blocks, fmt)
-    assert not rows.requires_grad
-
-    def function(x):
-        return (torch_q4.embedding(torch.tensor([1, 2]), blocks, fmt) * x).sum()
-
-    x = torch.randn(2, K)
-    close(grad(function)(x), rows)
-    close(jvp(function, (x,), (x,))[1], (rows * x).sum())
-
-
-def test_autocast_in_every_mode(fmt) -> None:
-    weight = Weight(fmt, packed=True)
-    x, tangent = 0.1 * torch.randn(3, K), torch.randn(3, K)
-    for derivative in (
-        lambda f: jvp(f, (x,), (tangent,))[1],
-        lambda f: dual(f, x, tangent),
-        lambda f: grad(lambda v: f(v).float().tanh().sum())(x),
-    ):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got, wanted = derivative(weight.by_function), derivative(weight.plain)
-        assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted, rtol=3e-2, atol=0.3)
-
-
-def test_flops_are_counted_as_of_the_dense_product(weight) -> None:
-    counts = []
-    for linear in (weight.by_function, weight.plain):
-        x = torch.randn(2, 3, K, requires_grad=True)
-        with FlopCounterMode(display=False) as counter:
-            linear(x, torch.randn(N)).sum().backward()
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 2 * 2 * 6 * N * K
 
 
 def test_compiled_graphs_hold_the_operators(fmt) -> None:

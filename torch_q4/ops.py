@@ -52,7 +52,7 @@ _transposed_op = _ops.linear_transposed.default
 _is_compiling = torch.compiler.is_compiling
 _is_inference_mode = torch.is_inference_mode_enabled
 _is_grad_enabled = torch.is_grad_enabled
-_is_autocast = torch._C._is_any_autocast_enabled
+_jit_trace = torch._C._get_tracing_state
 _is_transforming = torch._C._are_functorch_transforms_active
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
@@ -371,7 +371,7 @@ def _linear_eager(
     if _is_inference_mode() or _is_transforming() or forward_ad._current_level >= 0:
         return _linear_op(x, blocks, type_id, bias, compute, packed)
     if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        if _is_autocast():  # casts come before the function that is recorded
+        if _jit_trace() is not None:  # a trace is to hold the operator, not this function
             return _linear_op(x, blocks, type_id, bias, compute, packed)
         return _linear_function(x, blocks, type_id, bias, compute, packed)
     with _BelowAutograd():
