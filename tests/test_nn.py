@@ -7,7 +7,6 @@ import io
 import pickle
 import types
 import unittest.mock
-import weakref
 
 import pytest
 import torch
@@ -940,16 +939,26 @@ def test_a_weight_that_stays_need_not_be_finite() -> None:
     assert "back" not in quantize_(model, "q4_k").quantized
 
 
-def test_dense_weights_are_freed_one_by_one() -> None:
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))
-    dense = [weakref.ref(layer.weight) for layer in model]
-    alive: list[int] = []
-    real = torch_q4._quantize.quantize
+@pytest.mark.parametrize("failing", ["quantize", "_replacement"])
+def test_an_error_on_the_way_leaves_the_model_as_it_was(failing: str) -> None:
+    model = Tied()
+    children, state = dict(model.named_modules()), dict(model.named_parameters())
+    before = {name: value.clone() for name, value in state.items()}
+    real, calls = getattr(torch_q4._quantize, failing), []
 
-    def watched(*args):
-        alive.append(sum(weight() is not None for weight in dense))
+    def planted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise ValueError("the scale must be finite, got inf")
         return real(*args)
 
-    with unittest.mock.patch("torch_q4._quantize.quantize", watched):
-        quantize_(model, "q4_k")
-    assert alive == [4, 3, 2, 1]
+    with (
+        unittest.mock.patch(f"torch_q4._quantize.{failing}", planted),
+        pytest.raises(ValueError, match="the scale must be finite"),
+    ):
+        quantize_(model, "q4_0")
+    assert len(calls) == 3
+    assert dict(model.named_modules()) == children
+    assert all(value is state[name] for name, value in model.named_parameters())
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert len(quantize_(model, "q4_0").quantized) == 4
