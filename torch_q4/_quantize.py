@@ -584,8 +584,8 @@ def _shared_importance(weight: _Weight, importance: Mapping[str, Tensor]) -> Ten
             bad = (~(each.isfinite() & (each >= 0))).nonzero()
             if len(bad):
                 raise ValueError(
-                    f"quantize_: {name!r}: importance must be finite and at least 0, got "
-                    f"{each[bad[0]].item()} for column {bad[0].item()}"
+                    f"quantize_: {name!r}: importance must be finite and not negative, got "
+                    f"{each[bad[0]].item()} at ({bad[0].item()},)"
                 )
             found.append(each.to(dense.device))
             break
