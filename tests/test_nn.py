@@ -746,6 +746,13 @@ class Given(nn.Module):
         return x @ layer.weight.T
 
 
+class GivenParent(nn.Module):
+    """Reads the weight of a layer of a module that it is given."""
+
+    def forward(self, x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        return x @ module.proj.weight.T
+
+
 class Hides(nn.Module):
     """Layers that are read where their name is not in sight; and `free`, which nobody reads."""
 
@@ -756,6 +763,7 @@ class Hides(nn.Module):
         self.plain = [self.proj]
         self.nested = nn.ModuleList([nn.ModuleList([nn.Linear(256, 256, bias=False)])])
         self.given = Given()
+        self.given_parent = GivenParent()
         self.attribute = product
 
     def times(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -810,6 +818,17 @@ class Hides(nn.Module):
     def by_child(self, x):
         return self.given(x, self.proj)
 
+    def by_child_given_self(self, x):
+        return self.given_parent(x, self)
+
+    def optional(self, x, layer=None):
+        if layer is None:
+            layer = self.other
+        return x @ layer.weight.T
+
+    def by_parameter(self, x):
+        return self.optional(x, self.proj)
+
     def by_attribute(self, x):
         return self.attribute(self.proj, x)
 
@@ -827,8 +846,10 @@ def test_weights_that_are_read_out_of_sight(way: str) -> None:
         "forward": lambda self, x: self.free(forward(self, x))
     })  # fmt: skip
     model, x = cls(), torch.randn(3, 256)
+    if "given" not in way and way != "by_child":
+        del model.given, model.given_parent  # their reads are the whole model's business
     plain = copy.deepcopy(model)
-    quantize_(model, "q4_0", lambda module, name: True)
+    quantize_(model, "q4_0")
     assert relative_error(model(x), dequantized(plain, model)(x)) < 1e-5
     # Each layer may be the one.
     searches = way in ("by_name", "by_weights_name", "by_children")

@@ -178,6 +178,7 @@ def weights_read(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     handed: dict[int, nn.Module] = {}
     strangers: dict[_Path, str] = {}  # what is read from what may come from another module
+    givers: list[nn.Module] = []  # modules that hand on themselves
 
     def note(modules: Iterable[nn.Module], why: str, reader: nn.Module | None = None) -> None:
         for each in modules:
@@ -197,6 +198,8 @@ def weights_read(model: nn.Module) -> dict[int, str]:
                 note(_first_owner(owner), taken)
         for path in reads.handed - {()}:
             handed.update({id(part): part for part in _at(module, (*path, _ANY))})
+        if () in reads.handed:
+            givers.append(module)
         for path in reads.unknown:
             strangers.setdefault(path, why)
         if () in reads.unknown:
@@ -211,6 +214,8 @@ def weights_read(model: nn.Module) -> dict[int, str]:
         for module in handed.values():
             for part in module.modules() if path else (module,):
                 note(_at(part, path), why)
+        for module in givers:
+            note(_at(module, path), why, module)
     return found
 
 
@@ -252,8 +257,12 @@ def _reads_of(module: nn.Module) -> Iterator[_Reads]:
     yield from found
     own = vars(module)
     names = {"forward"}.union(*(reads.names for reads in found))
-    methods = [own[name] for name in sorted(names & own.keys())]
-    yield from _reached(methods, cls)
+    # A function that is an attribute of the object does not get the object.
+    functions = [
+        (own[name], name == "forward" or not isinstance(own[name], FunctionType))
+        for name in sorted(names & own.keys())
+    ]
+    yield from _reached(functions, cls)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -262,16 +271,17 @@ def _reads_of_class(cls: Any) -> list[_Reads]:
     bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     # Of every base: `super().forward` does not say which.
     methods = [
-        vars(base)[name] for name in ("forward", "__call__") for base in bases if name in vars(base)
-    ]
+        (vars(base)[name], True)
+        for name in ("forward", "__call__") for base in bases if name in vars(base)
+    ]  # fmt: skip
     return _reached(methods, cls)
 
 
-def _reached(methods: list[Any], cls: Any) -> list[_Reads]:
-    """What methods of a class read, and all that they reach through ``self`` or by name."""
+def _reached(functions: list[tuple[Any, bool]], cls: Any) -> list[_Reads]:
+    """What functions, or methods of a class, read and reach, through ``self`` or by name."""
     bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     found: list[_Reads] = []
-    waiting = [(value, True) for value in methods]
+    waiting = list(functions)
     seen: set[object] = set()
     while waiting:
         value, is_method = waiting.pop()
@@ -354,10 +364,9 @@ def _scan(
         each for each in dis.get_instructions(code)
         if each.opname not in ("CACHE", "EXTENDED_ARG", "NOP")
     ]  # fmt: skip
-    # A variable that is set in several places holds one of several: the last is not all.
-    stores = Counter(
-        name for each in instructions for name in _stored(each)
-    )  # fmt: skip
+    # A variable that is set in several places, a parameter among them, holds one of several.
+    stores = Counter(name for each in instructions for name in _stored(each))
+    stores.update(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
     local: dict[str, _Path] = {}  # variables that hold an attribute of self
     path: _Path | None = None  # what lies on the stack, as a path from self; None: unknown
     suffix: _Path = ()  # the attributes taken of something unknown
@@ -373,7 +382,7 @@ def _scan(
                 reads.iterated.add(path[:-1])
             elif follows.startswith("GET_ITER"):
                 reads.iterated.add(path)
-            elif not called and not compared:
+            elif not called and not compared and follows != "STORE_ATTR":
                 reads.handed.add(path)
         elif outside is not None:
             reads.globals.add((outside, *suffix))
@@ -388,6 +397,9 @@ def _scan(
 
     for place, instruction in enumerate(instructions):
         kind, value = instruction.opname, instruction.argval
+        if instruction.is_jump_target:  # what lies on the stack is one of several
+            drop("", False)
+            path, suffix, outside, called = None, (), None, False
         if kind in ("LOAD_ATTR", "LOAD_METHOD"):
             names.add(value)
             called = _is_method(instruction)
