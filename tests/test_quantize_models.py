@@ -47,6 +47,17 @@ MODELS = {
         "decoder_ffn_dim": 256, "scale_embedding": True,
     },
 }  # fmt: skip
+# Models in which the embedding shares its weight with a layer that cannot be replaced.
+HALF_TIED = {
+    "mamba": {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1},
+    "falcon_mamba": {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1},
+    "minicpm3": {**SMALL, "num_hidden_layers": 1, "num_key_value_heads": 2},
+    "ibert": {**SMALL, "num_hidden_layers": 1, "max_position_embeddings": 64},
+    "mobilebert": {
+        **SMALL, "num_hidden_layers": 1, "embedding_size": 256, "max_position_embeddings": 64
+    },
+    "neomme": {**SMALL, "num_hidden_layers": 1, "max_position_embeddings": 64},
+}  # fmt: skip
 IDS = torch.arange(12).view(2, 6)
 
 
@@ -193,6 +204,20 @@ def test_layers_whose_weight_their_model_reads() -> None:
     assert set(report.quantized) == {f"backbone.layers.{layer}.mixer.in_proj" for layer in (0, 1)}
     reason = "tied to lm_head.weight, which stays: MambaForCausalLM reads its weight"
     assert bytes_kept(report, reason) == {"backbone.embeddings.weight": 64 * 256 * 4}
+
+
+@pytest.mark.parametrize("name", HALF_TIED)
+def test_ties_with_a_layer_that_stays(name: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **HALF_TIED[name])
+    causal = "mamba" in name or name == "minicpm3"
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    model = kind.from_config(config).eval()
+    plain, before = copy.deepcopy(model), real_size(model)
+    report = quantize_(model, "q4_0")
+    check_sizes(report, model, before)
+    assert any("tied to" in kept.reason for kept in report.kept.values())
+    assert relative_error(logits(model), logits(dequantized(plain, model))) < 1e-5
 
 
 def test_bart_scales_its_embeddings() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -127,7 +127,8 @@ def quantize_(
     all: where one of them is not chosen or cannot be replaced, all of them stay. A module that
     stands under several names is chosen where one of its names is.
 
-    Every rule is checked before the first layer is replaced.
+    The model changes once all blocks are made: an error leaves it as it was. Until then both the
+    weights and their blocks take memory.
 
     A mix chooses a format for each tensor as llama.cpp does, for the transformers models that
     :mod:`torch_q4.recipes` knows (Gemma 3, Llama, Qwen2, Qwen3 as causal language models). In any
@@ -172,19 +173,21 @@ def quantize_(
     report = QuantizeReport(bytes_before=plan.bytes_before, mix=plan.mix)
     made: set[int] = set()
     formats_of: dict[str, str] = {}
-    while plan.weights:  # taken out one by one, so that each dense weight is freed at once
-        weight = plan.weights.popleft()
+    # All blocks, and all modules, before the first is put in: an error leaves the model as it was.
+    replacements: list[tuple[str, QuantLinear | QuantEmbedding]] = []
+    for weight in plan.weights:
         blocks = weight.blocks()
+        made.add(id(blocks))
         for layer in weight.layers:
             new = _replacement(layer.module, blocks, weight.fmt, compute, layer.scale)
+            replacements += [(name, new) for name in layer.names]
             for name in layer.names:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, new)
                 formats_of[name] = weight.fmt.name
                 if weight.wanted != weight.fmt:
                     report.fallbacks[name] = weight.wanted.name
-        made.add(id(blocks))
-        del weight, layer, new, blocks
+    for name, new in replacements:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
     held = _survey.tensors(model)
     for entry, size in zip(held, _survey.measured(held), strict=True):
         report.bytes_after += size
@@ -261,7 +264,7 @@ class _Plan:
     ) -> None:
         held = _survey.tensors(model)
         self.bytes_before = sum(_survey.measured(held))
-        self.weights: deque[_Weight] = deque()
+        self.weights: list[_Weight] = []
         self.mix: str | None = None
         # Why a tensor stays, by the module and the tensor's name there. The modules stay, too, so
         # the ids are theirs.
@@ -581,8 +584,8 @@ def _shared_importance(weight: _Weight, importance: Mapping[str, Tensor]) -> Ten
             bad = (~(each.isfinite() & (each >= 0))).nonzero()
             if len(bad):
                 raise ValueError(
-                    f"quantize_: {name!r}: importance must be finite and at least 0, got "
-                    f"{each[bad[0]].item()} for column {bad[0].item()}"
+                    f"quantize_: {name!r}: importance must be finite and not negative, got "
+                    f"{each[bad[0]].item()} at ({bad[0].item()},)"
                 )
             found.append(each.to(dense.device))
             break
