@@ -310,16 +310,6 @@ _ARCHITECTURES = {
     "qwen2": _Architecture("qwen2", _qwen2_config, _DECODER),
     "qwen3": _Architecture("qwen3", _qwen3_config, _DECODER | _QK_NORMS),
 }
-# How many rows and columns a layer's weights have.
-_SHAPES: dict[str, Callable[[PreTrainedConfig], tuple[int, int]]] = {
-    "attn_q": lambda c: (c.num_attention_heads * c.head_dim, c.hidden_size),
-    "attn_k": lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size),
-    "attn_v": lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size),
-    "attn_output": lambda c: (c.hidden_size, c.num_attention_heads * c.head_dim),
-    "ffn_gate": lambda c: (c.intermediate_size, c.hidden_size),
-    "ffn_up": lambda c: (c.intermediate_size, c.hidden_size),
-    "ffn_down": lambda c: (c.hidden_size, c.intermediate_size),
-}
 # Llama 3's long-context scaling: divisors of the rotary frequencies, float32 (head_dim / 2,).
 _ROPE_FREQS = "rope_freqs.weight"
 # ``tokenizer.ggml.pre`` of Llama 3's vocabularies.
@@ -594,6 +584,29 @@ def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
         ) from error
 
 
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the embedding and of a layer's weights, by the file's module names."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * _head_dim(config)
+    keys = config.num_key_value_heads * _head_dim(config)
+    return {
+        "token_embd": (config.vocab_size, hidden),
+        "blk.{}.attn_q": (queries, hidden),
+        "blk.{}.attn_k": (keys, hidden),
+        "blk.{}.attn_v": (keys, hidden),
+        "blk.{}.attn_output": (hidden, queries),
+        "blk.{}.ffn_gate": (inner, hidden),
+        "blk.{}.ffn_up": (inner, hidden),
+        "blk.{}.ffn_down": (hidden, inner),
+    }
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Elements of one head; Qwen2's configuration has no entry for it."""
+    found = getattr(config, "head_dim", None)
+    return int(found or config.hidden_size // config.num_attention_heads)
+
+
 def _check_sizes(file: GGUFFile, config: PreTrainedConfig, architecture: _Architecture) -> None:
     """Compares what the model is made from with the file, before anything of such a size is made.
 
@@ -603,9 +616,8 @@ def _check_sizes(file: GGUFFile, config: PreTrainedConfig, architecture: _Archit
     if config.num_hidden_layers * each > len(file.tensors):
         rule = f"be at most {len(file.tensors) // each}, with {each} tensors of a layer in the file"
         _refuse(file, f"{file.architecture}.block_count", rule, config.num_hidden_layers)
-    shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
-    shapes |= {f"blk.0.{name}.weight": shape(config) for name, shape in _SHAPES.items()}
-    for name, shape in shapes.items():
+    for module, shape in _shapes(config).items():
+        name = f"{module}.weight".replace("{}", "0")
         found = file.tensors.get(name)
         if found is None or found.shape != shape:
             rule = f"tensor {name!r} must have shape {shape}"
