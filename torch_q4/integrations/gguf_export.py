@@ -6,14 +6,13 @@ order of Llama's query and key rows, Gemma's norm weights, and the metadata that
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +45,7 @@ from torch_q4.integrations.transformers import (
     _ROPE_FREQS,
     ScaledQuantEmbedding,
     _head_dim,
+    _in_our_words,
     _shapes,
 )
 from torch_q4.nn import _Quantized
@@ -471,23 +471,6 @@ def load_pretrained(
         with _in_our_words(_LOAD, "the files must describe a tokenizer", path):
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model.eval(), tokenizer
-
-
-@contextlib.contextmanager
-def _in_our_words(op: str, rule: str, path: str) -> Iterator[None]:
-    """Makes a ValueError of whatever transformers raises at a damaged file."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except BaseException as error:
-        # A panic of tokenizers' Rust code is a BaseException of a class that nobody can import.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if isinstance(error, OSError) and error.errno:  # the system's; transformers' have no number
-            raise
-        words = _shown(" ".join(str(error).split()))
-        raise ValueError(f"{op}: {rule}, got {type(error).__name__}: {words} ({path})") from error
 
 
 def _json_object(op: str, path: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ order of Llama's query and key rows, Gemma's norm weights (stored plus one), and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,7 +36,6 @@ try:
 
     if tuple(int(part) for part in _found.split(".")[:2]) < _TRANSFORMERS:
         raise ImportError(f"transformers {_found} is too old")
-    from huggingface_hub.errors import StrictDataclassError
     from tqdm import tqdm
     from transformers import (
         AutoConfig,
@@ -569,19 +569,32 @@ def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
             _refuse(file, key, f"be a token, below {base['vocab_size']}", token)
     # Chat models end a turn with another token than a text.
     ends = {tokens[name]: None for name in ("eos", "eot", "eom") if tokens[name] is not None}
-    try:
+    described = base | architecture.config(metadata)
+    with _in_our_words(_OP, f"metadata must suit {architecture.model_type}", file.path):
         return AutoConfig.for_model(
             architecture.model_type,
-            **base,
-            **architecture.config(metadata),
+            **described,
             bos_token_id=tokens["bos"],
             eos_token_id=list(ends) if len(ends) > 1 else next(iter(ends), None),
             pad_token_id=tokens["padding"],
         )
-    except StrictDataclassError as error:  # transformers' own rules, and no ValueError
-        raise ValueError(
-            f"{_OP}: metadata must suit {architecture.model_type}, got: {error} ({file.path})"
-        ) from error
+
+
+@contextlib.contextmanager
+def _in_our_words(op: str, rule: str, path: str) -> Iterator[None]:
+    """Makes a ValueError of whatever transformers raises at what a file says."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        # A panic of tokenizers' Rust code is a BaseException of a class that nobody can import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, OSError) and error.errno:  # the system's; transformers' have no number
+            raise
+        words = _shown(" ".join(str(error).split()))
+        raise ValueError(f"{op}: {rule}, got {type(error).__name__}: {words} ({path})") from error
 
 
 def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
