@@ -44,6 +44,15 @@ inline FormatInfo check_format(const char* op, int64_t type_id) {
   fail(op, ": format must be one of ", known, ", got ", type_id);
 }
 
+// A tensor's dtype. Tensor::scalar_type throws, in words of torch's, where the stable ABI has no
+// word for it: float8_e8m0fnu, int4, bits8 and others. The code is ScalarType's own number.
+inline ScalarType dtype_in(const Tensor& tensor) {
+  int32_t code = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return static_cast<ScalarType>(code);
+}
+
+// As Python has it.
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -52,8 +61,6 @@ inline std::string dtype_name(ScalarType dtype) {
       return "torch.float64";
     case ScalarType::Half:
       return "torch.float16";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
     case ScalarType::Byte:
       return "torch.uint8";
     case ScalarType::Char:
@@ -64,27 +71,22 @@ inline std::string dtype_name(ScalarType dtype) {
       return "torch.int32";
     case ScalarType::Long:
       return "torch.int64";
-    case ScalarType::UInt16:
-      return "torch.uint16";
-    case ScalarType::UInt32:
-      return "torch.uint32";
-    case ScalarType::UInt64:
-      return "torch.uint64";
     case ScalarType::ComplexHalf:
       return "torch.complex32";
     case ScalarType::ComplexFloat:
       return "torch.complex64";
     case ScalarType::ComplexDouble:
       return "torch.complex128";
-    case ScalarType::Float8_e4m3fn:
-      return "torch.float8_e4m3fn";
-    case ScalarType::Float8_e5m2:
-      return "torch.float8_e5m2";
-    case ScalarType::Bool:
-      return "torch.bool";
     default:
-      return "dtype number " + std::to_string(static_cast<int>(dtype));
+      break;
   }
+  // Of all others Python's name is C++'s in small letters.
+  std::string name = torch::headeronly::toString(dtype);
+  if (name == "UNKNOWN_SCALAR") return "dtype number " + std::to_string(static_cast<int>(dtype));
+  for (char& letter : name) {
+    if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+  }
+  return "torch." + name;
 }
 
 inline std::string shape_name(const Tensor& tensor) {
@@ -110,8 +112,8 @@ inline void check_same_device(const char* op, const char* what, const Tensor& te
 // Blocks whose last dimension is whole rows; returns the columns of one row.
 inline int64_t check_blocks(const char* op, const Tensor& blocks, const FormatInfo& format,
                             bool matrix) {
-  TORCH_Q4_CHECK(blocks.scalar_type() == ScalarType::Byte, op, ": blocks must be uint8, got ",
-                 dtype_name(blocks.scalar_type()));
+  TORCH_Q4_CHECK(dtype_in(blocks) == ScalarType::Byte, op, ": blocks must be uint8, got ",
+                 dtype_name(dtype_in(blocks)));
   if (matrix) {
     TORCH_Q4_CHECK(blocks.dim() == 2, op, ": blocks must have 2 dimensions, got shape ",
                    shape_name(blocks));
@@ -136,15 +138,14 @@ inline void check_columns(const char* op, const char* what, int64_t columns,
 inline FormatInfo check_quantize(const Tensor& w, int64_t format_id,
                                  const std::optional<Tensor>& importance) {
   const FormatInfo format = check_format("quantize", format_id);
-  check_float("quantize", "w", w.scalar_type());
+  check_float("quantize", "w", dtype_in(w));
   TORCH_Q4_CHECK(w.dim() >= 1, "quantize: w must have at least 1 dimension, got shape ",
                  shape_name(w));
   const int64_t columns = w.size(w.dim() - 1);
   check_columns("quantize", "w", columns, format);
   if (importance) {
-    TORCH_Q4_CHECK(importance->scalar_type() == ScalarType::Float,
-                   "quantize: importance must be float32, got ",
-                   dtype_name(importance->scalar_type()));
+    TORCH_Q4_CHECK(dtype_in(*importance) == ScalarType::Float,
+                   "quantize: importance must be float32, got ", dtype_name(dtype_in(*importance)));
     TORCH_Q4_CHECK(importance->dim() == 1 && importance->size(0) == columns,
                    "quantize: importance must have shape (", columns, ",), got ",
                    shape_name(*importance));
@@ -170,7 +171,7 @@ inline FormatInfo check_dequantize(const Tensor& blocks, int64_t format_id, Scal
 // x (..., columns) against blocks (rows, bytes); `columns` is what x's last dimension must be.
 inline void check_product(const char* op, const char* x_name, const Tensor& x,
                           const Tensor& blocks) {
-  check_float(op, x_name, x.scalar_type());
+  check_float(op, x_name, dtype_in(x));
   TORCH_Q4_CHECK(x.dim() >= 1, op, ": ", x_name, " must have at least 1 dimension, got shape ",
                  shape_name(x));
   check_same_device(op, "blocks", blocks, x_name, x);
@@ -182,8 +183,8 @@ inline FormatInfo check_linear(const Tensor& x, const Tensor& blocks, int64_t fo
   check_product("linear", "x", x, blocks);
   const int64_t columns = x.size(x.dim() - 1);
   check_columns("linear", "x", columns, format);
-  TORCH_Q4_CHECK(blocks.scalar_type() == ScalarType::Byte, "linear: blocks must be uint8, got ",
-                 dtype_name(blocks.scalar_type()));
+  TORCH_Q4_CHECK(dtype_in(blocks) == ScalarType::Byte, "linear: blocks must be uint8, got ",
+                 dtype_name(dtype_in(blocks)));
   TORCH_Q4_CHECK(blocks.dim() == 2, "linear: blocks must have 2 dimensions, got shape ",
                  shape_name(blocks));
   const int64_t row_bytes = columns / format.block_elems * format.block_bytes;
@@ -191,9 +192,8 @@ inline FormatInfo check_linear(const Tensor& x, const Tensor& blocks, int64_t fo
                  " bytes per row for ", format.name, " with ", columns, " columns, got ",
                  blocks.size(1));
   if (bias) {
-    TORCH_Q4_CHECK(bias->scalar_type() == x.scalar_type(),
-                   "linear: bias must have the dtype of x, ", dtype_name(x.scalar_type()), ", got ",
-                   dtype_name(bias->scalar_type()));
+    TORCH_Q4_CHECK(dtype_in(*bias) == dtype_in(x), "linear: bias must have the dtype of x, ",
+                   dtype_name(dtype_in(x)), ", got ", dtype_name(dtype_in(*bias)));
     TORCH_Q4_CHECK(bias->dim() == 1 && bias->size(0) == blocks.size(0),
                    "linear: bias must have shape (", blocks.size(0), ",), got ", shape_name(*bias));
     check_same_device("linear", "bias", *bias, "x", x);
@@ -218,7 +218,7 @@ inline FormatInfo check_linear_transposed(const Tensor& grad, const Tensor& bloc
 inline FormatInfo check_embedding(const Tensor& indices, const Tensor& blocks, int64_t format_id,
                                   ScalarType dtype) {
   const FormatInfo format = check_format("embedding", format_id);
-  const ScalarType index_dtype = indices.scalar_type();
+  const ScalarType index_dtype = dtype_in(indices);
   TORCH_Q4_CHECK(index_dtype == ScalarType::Long || index_dtype == ScalarType::Int,
                  "embedding: indices must be int64 or int32, got ", dtype_name(index_dtype));
   check_blocks("embedding", blocks, format, /*matrix=*/true);

@@ -146,6 +146,7 @@ def test_shards_of_a_folder(tmp_path: Path) -> None:
         ('{"weight_map": {"x": ""}}', r"shards must lie beside their index, got \[''\]"),
         ('{"weight_map": {"x": ".."}}', r"shards must lie beside their index, got \['..'\]"),
         ('{"weight_map": {"x": "a\\u0000"}}', r"shards must lie beside their index, got \['a.x00"),
+        ('{"weight_map": {"x": "\\ud800"}}', r"shards must lie beside their index, got \['.ud800"),
     ],
 )
 def test_a_damaged_index(tmp_path: Path, text: str, message: str) -> None:

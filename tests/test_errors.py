@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -128,6 +129,58 @@ def test_same_words_everywhere(op, args, kind, words) -> None:
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
         assert message_of(lambda: operator(*fakes), RuntimeError) == registered
+
+
+DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What each operator takes a tensor of any dtype for, and which dtypes are right there.
+TENSORS: list[tuple[str, Callable[[torch.Tensor], tuple[Any, ...]], tuple[torch.dtype, ...]]] = [
+    ("quantize", lambda t: (t, Q4_0), FLOATS),
+    ("quantize", lambda t: (torch.zeros(3, 32), Q4_0, t[0]), (torch.float32,)),
+    ("dequantize", lambda t: (t, Q4_0, torch.float32), (torch.uint8,)),
+    ("linear", lambda t: (t, torch.zeros(5, 18, dtype=torch.uint8), Q4_0), FLOATS),
+    ("linear", lambda t: (torch.zeros(3, 0), t, Q4_0), (torch.uint8,)),
+    ("linear", lambda t: (X, torch.zeros(32, 36, dtype=torch.uint8), Q4_0, t[0]), FLOATS[:1]),
+    ("linear_transposed", lambda t: (t, torch.zeros(32, 18, dtype=torch.uint8), Q4_0), FLOATS),
+    ("embedding", lambda t: (t, BLOCKS, Q4_0, torch.float32), (torch.int64, torch.int32)),
+    ("embedding", lambda t: (torch.tensor([0]), t, Q4_0, torch.float32), (torch.uint8,)),
+    ("pack", lambda t: (t, Q4_0), (torch.uint8,)),
+    ("unpack", lambda t: (t, Q4_0), (torch.uint8,)),
+    ("pack_", lambda t: (t, Q4_0), (torch.uint8,)),
+]
+
+
+@pytest.mark.parametrize("any_dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_every_dtype_is_told_by_its_name(any_dtype) -> None:
+    """Also those for which torch's stable ABI has no word."""
+    try:
+        tensor = torch.empty(2, 32, dtype=any_dtype)
+    except (RuntimeError, NotImplementedError):
+        pytest.skip("torch makes no such tensors")
+    if tensor.is_quantized:
+        pytest.skip("torch itself refuses quantised tensors, before it asks an operator")
+    for op, arguments, right in TENSORS:
+        if any_dtype in right:
+            continue
+        operator, given = getattr(ops, op).default, arguments(tensor)
+        said = message_of(functools.partial(operator, *given), RuntimeError)
+        assert said.endswith(f", got {any_dtype}"), said
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in given]
+            assert message_of(functools.partial(operator, *fakes), RuntimeError) == said
+
+
+@pytest.mark.parametrize("any_dtype", [d for d in DTYPES if d not in FLOATS], ids=str)
+def test_every_dtype_of_a_result_is_told_by_its_name(any_dtype) -> None:
+    for op, tensors in (("dequantize", (BLOCKS,)), ("embedding", (torch.tensor([0]), BLOCKS))):
+        words = f"{op}: dtype must be float32, float16 or bfloat16, got {any_dtype}"
+        given = (*tensors, Q4_0, any_dtype)
+        function, operator = getattr(torch_q4, op), getattr(ops, op).default
+        assert message_of(functools.partial(function, *given), TypeError) == words
+        said = message_of(functools.partial(operator, *given), RuntimeError)
+        # Some have no word in torch's stable ABI, and then torch refuses to pass them on.
+        assert said == words or "Not yet supported ScalarType" in said
 
 
 def test_unknown_format_by_name() -> None:

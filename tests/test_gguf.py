@@ -820,3 +820,12 @@ def test_fuzz(save, kind: str) -> None:
     for message in messages:
         assert re.fullmatch(r"load_gguf: .*, got .* \(.*file\.gguf\)", message, re.DOTALL)
     assert 100 < loaded < 2900  # both outcomes are exercised
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A FIFO would be waited for, for ever."""
+    os.mkfifo(tmp_path / "a.gguf")
+    for path, kind in ((tmp_path / "a.gguf", "a FIFO"), (tmp_path, "a folder"),
+                       ("/dev/zero", "a character device")):  # fmt: skip
+        with pytest.raises(OSError, match=f"load_gguf: the path must be that .*, got {kind}"):
+            load_gguf(path)

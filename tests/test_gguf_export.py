@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -193,3 +196,87 @@ def test_like_of_another_architecture(tmp_path: Path) -> None:
     write_gguf(tmp_path / "q.gguf", random_model("qwen3", {}), "qwen3", ["q8_0"])
     with pytest.raises(ValueError, match="like must be of architecture llama, got qwen3"):
         save_gguf_model(tmp_path / "a.gguf", random_model("llama", {}), like=tmp_path / "q.gguf")
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory) -> Path:
+    """A model of one layer, packed, with its embedding tied to its output layer."""
+    folder = tmp_path_factory.mktemp("small")
+    config = transformers.LlamaConfig(**SMALL, head_dim=16, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config)
+    torch_q4.quantize_(model, "q4_0")
+    save_pretrained(model, folder)
+    return folder
+
+
+def changed(folder: Path, to: Path, **entries: object) -> Path:
+    """A copy of a folder with other entries in its configuration."""
+    shutil.copytree(folder, to)
+    path = to / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 2**53 + 1}, "num_hidden_layers must be at most 20, as there are"),
+        ({"num_hidden_layers": 25288}, "num_hidden_layers must be at most 20, as there are"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers must be 1, as there are layers in the tens"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1, as there are layers in the tens"),
+        ({"num_hidden_layers": "1"}, "the file must describe a model of type llama, got "),
+        ({"num_hidden_layers": None}, "the file must describe a model of type llama, got "),
+        ({"num_hidden_layers": 1e300}, "the file must describe a model of type llama, got "),
+        ({"num_attention_heads": 0}, "the file must describe a model of type llama, got "),
+        ({"vocab_size": 2**53}, r"tensor 'model.embed_tokens.weight' must have shape \(9007"),
+        ({"hidden_size": 2**40}, "tensor 'model.embed_tokens.weight' must have shape"),
+        ({"intermediate_size": 2**40}, "tensor 'model.layers.0.mlp.gate_proj.weight' must have sh"),
+        ({"head_dim": 2**40}, "tensor 'model.layers.0.self_attn.q_proj.weight' must have shape"),
+        ({"num_key_value_heads": 1}, "tensor 'model.layers.0.self_attn.k_proj.weight' must have"),
+        ({"head_dim": 1, "num_attention_heads": 32, "num_key_value_heads": 32},
+         "head_dim must be even, got 1"),
+        ({"model_type": "gpt2"}, "model_type must be one of gemma3_text, llama, .*, got 'gpt2'"),
+        ({"model_type": ["llama"]}, r"model_type must be one of .*, got \['llama'\]"),
+        ({"model_type": None}, "model_type must be one of .*, got None"),
+        ({"hidden_act": "none of them"}, "the file must describe a model, got KeyError"),
+        ({"rope_parameters": {"rope_type": "U8", "rope_theta": 1e4}}, "the file must describe"),
+        ({"rope_parameters": 3}, "the file must describe a model of type llama, got "),
+        ({"rope_freqs": [1.0]}, r"rope_freqs must be 8 positive numbers, got \[1.0\]"),
+        ({"pad_token_id": 10**6}, "the file must describe a model, got "),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_damaged_configuration(small_folder, tmp_path, entries, message) -> None:
+    path = changed(small_folder, tmp_path / "folder", **entries)
+    with pytest.raises(ValueError, match=rf"^load_pretrained: {message}.* \({path}\)$"):
+        load_pretrained(path.parent)
+
+
+def test_a_number_of_labels_makes_no_list(small_folder, tmp_path) -> None:
+    model, _ = load_pretrained(changed(small_folder, tmp_path / "f", num_labels=2**53).parent)
+    assert model(IDS % 16).logits.shape[-1] == 16
+
+
+@pytest.mark.parametrize("text", ["", "[" * 200_000, "{", '"a"', "[]", "\udcff", "1" * 5000])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_none(small_folder, tmp_path, name, text) -> None:
+    shutil.copytree(small_folder, tmp_path / "folder")
+    path = tmp_path / "folder" / name
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=rf"^load_pretrained: the file must be .*\({path}\)$"):
+        load_pretrained(path.parent)
+
+
+def test_other_damaged_files_of_a_folder(small_folder, tmp_path) -> None:
+    shutil.copytree(small_folder, tmp_path / "folder")
+    (tmp_path / "folder/generation_config.json").write_text('{"watermarking_config": 3}')
+    with pytest.raises(ValueError, match="load_pretrained: the file must describe generation, got"):
+        load_pretrained(tmp_path / "folder")
+    (tmp_path / "folder/generation_config.json").unlink()
+    (tmp_path / "folder/tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="load_pretrained: the files must describe a tokenizer, g"):
+        load_pretrained(tmp_path / "folder")
+    (tmp_path / "folder/config.json").unlink()
+    os.mkfifo(tmp_path / "folder/config.json")
+    with pytest.raises(OSError, match=r"load_pretrained: the path must be .*, got a FIFO"):
+        load_pretrained(tmp_path / "folder")

@@ -645,7 +645,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "transformers' own rules": (
         {"skip": ("head_count",), "metadata": key("llama.attention.head_count", 6)},
-        "metadata must suit llama, got: ",
+        "metadata must suit llama, got Strict",
     ),
     "layers": (
         {"skip": ("block_count",), "metadata": key("llama.block_count", 4_000_000_000)},

@@ -26,7 +26,7 @@ from torch_q4 import formats
 from torch_q4._files import AtomicFile, require_file
 from torch_q4._tensors import TensorInfo, TensorLike, described
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFTensor
+from torch_q4.gguf import GGUFTensor, _shown
 from torch_q4.nn import (
     QuantEmbedding,
     QuantLinear,
@@ -210,18 +210,20 @@ def load_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
         twice = sorted(tensors.keys() & found.keys())
         if twice:
             raise ValueError(
-                f"load_safetensors: a tensor must be in one shard, got {twice} again ({file})"
+                f"load_safetensors: a tensor must be in one shard, got {_shown(twice)} again "
+                f"({file})"
             )
         tensors.update(found)
     unknown = sorted(set(ties.values()) - tensors.keys())
     if unknown:
         raise ValueError(
-            f"load_safetensors: ties must name tensors of the file, got {unknown} ({name})"
+            f"load_safetensors: ties must name tensors of the file, got {_shown(unknown)} ({name})"
         )
     stored = sorted(ties.keys() & tensors.keys())
     if stored:
         raise ValueError(
-            f"load_safetensors: a tied name must have no tensor of its own, got {stored} ({name})"
+            f"load_safetensors: a tied name must have no tensor of its own, got {_shown(stored)} "
+            f"({name})"
         )
     return SafetensorsFile(name, metadata, tensors, ties)
 
@@ -250,13 +252,17 @@ def _files_of(path: str) -> list[str]:
     outside = [shard for shard in shards if not _lies_beside(shard)]
     if outside:
         raise ValueError(
-            f"load_safetensors: shards must lie beside their index, got {outside} ({index})"
+            f"load_safetensors: shards must lie beside their index, got {_shown(outside)} ({index})"
         )
     return [os.path.join(path, shard) for shard in shards]
 
 
 def _lies_beside(shard: str) -> bool:
     """Whether it is a bare file name."""
+    try:
+        os.fsencode(shard)
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return False
     no_folder = os.path.basename(shard) == shard and shard not in ("", os.curdir, os.pardir)
     return no_folder and "\0" not in shard
 
@@ -302,7 +308,8 @@ def _read(path: str) -> tuple[dict[str, str], dict[str, GGUFTensor]]:
     unknown = sorted(packed.keys() - data.keys())
     if unknown:
         raise ValueError(
-            f"load_safetensors: {_FORMATS} must name tensors of the file, got {unknown} ({path})"
+            f"load_safetensors: {_FORMATS} must name tensors of the file, got {_shown(unknown)} "
+            f"({path})"
         )
     return metadata, tensors
 

@@ -464,7 +464,7 @@ def _from_hugging_face(
     """The plan for a Hugging Face model: GGUF's names decide, whatever the target is."""
     from torch_q4.integrations.gguf_export import Export
 
-    export = Export.from_folder(os.path.dirname(config), like)
+    export = Export.from_folder(os.path.dirname(config), len(file.tensors), like)
     names = {
         name: export.tensor_name(name) for name in file.tensors if not export.is_left_out(name)
     }

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from torch_q4 import formats
+from torch_q4._files import require_file
 from torch_q4.formats import Format
 from torch_q4.ops import dequantize
 
@@ -321,12 +322,13 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         The file's metadata, and its tensors as views of the map.
 
     Raises:
-        OSError: the file cannot be opened or mapped.
+        OSError: the file cannot be opened or mapped, or is a device, a FIFO or a folder.
         GGUFError: the file is not GGUF, is damaged or truncated, breaks a rule that llama.cpp
             holds files to, or holds a tensor of an unknown type. A ``ValueError``; the message has
             the rule that does not hold, the value and the path.
     """
     name = os.fspath(path)
+    require_file(name, "load_gguf")
     with open(name, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < _HEADER_BYTES:

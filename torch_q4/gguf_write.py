@@ -431,8 +431,9 @@ def save_gguf(
 ) -> None:
     """Writes a GGUF file, atomically.
 
-    The file is written under a temporary name in the same folder, flushed to the disk and renamed:
-    at any moment the path holds either what it held before or the whole new file.
+    At any moment the path holds either what it held before or the whole new file. Where the file
+    system can, the file has no name until all of it is on the disk, so that not even a process that
+    is killed leaves a part of it; elsewhere it has one like ``.torch_q4.*.tmp`` in the same folder.
     ``save_gguf(copy, file.tensors, file)`` gives the bytes of a file that llama.cpp or the ``gguf``
     package wrote.
 

@@ -36,22 +36,6 @@ MEMORY_LIMIT = 12 << 30  # of address space: a case must not take the machine wi
 MOST_FAILURES = 20  # of different kinds
 MOST_CRASHES = 50  # each takes a new process
 
-# Faults of the library that are not mended yet: what such a failure's text has in it, and what is
-# wrong. They count as outcomes, so that they hide no others; a row goes when its fault does.
-KNOWN: tuple[tuple[str, str], ...] = (
-    (r"two tensors overlap", "GGUF tensors that overlap are accepted"),
-    (r"RecursionError: maximum recursion depth.* decoding a JSON", "nested JSON: RecursionError"),
-    (r"basename\n.*expected str, bytes or os.PathLike object",
-     "an index's shard that is no string: TypeError"),
-    (r"AssertionError: embedded null byte|AssertionError: .*surrogates not allowed",
-     "an index's shard whose name no file can have: refused in Python's words"),
-    (r"site-packages/(transformers|huggingface_hub)/",
-     "a damaged config.json: transformers' own exceptions come through load_pretrained"),
-    (r"got dtype number \d+", "a dtype is told by its number"),
-    (r"float32 .*error \S+ of the result, allowed are",
-     "an exact product in float32 misses the bound of twice F.linear's error"),
-)  # fmt: skip
-
 
 @dataclasses.dataclass
 class Report:
@@ -232,9 +216,6 @@ def _work(module: str, fuzzer: str, seed: int, start: int, stop: int) -> None:
                 outcome = _measured(functools.partial(_case, *case, number, folder))
             except BaseException:
                 text = traceback.format_exc(limit=-6)
-                if known := next((why for words, why in KNOWN if re.search(words, text)), None):
-                    print(f"outcome known fault: {known}", flush=True)
-                    continue
                 print(f"failure {told}: {text[-3000:]}".replace("\n", "\0"), flush=True)
             else:
                 print(f"outcome {outcome}", flush=True)

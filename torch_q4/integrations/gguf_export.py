@@ -7,8 +7,10 @@ order of Llama's query and key rows, Gemma's norm weights, and the metadata that
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,22 +28,35 @@ from transformers import (
 )
 
 from torch_q4 import recipes
+from torch_q4._files import require_file
 from torch_q4._tensors import TensorInfo
-from torch_q4.checkpoint import _state, load_checkpoint, load_safetensors, save_checkpoint
+from torch_q4.checkpoint import (
+    SafetensorsFile,
+    _state,
+    load_checkpoint,
+    load_safetensors,
+    save_checkpoint,
+)
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFFile, load_gguf
+from torch_q4.gguf import GGUFFile, _shown, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, GGUFWriter
 from torch_q4.integrations.transformers import (
     _ARCHITECTURES,
     _ROPE_FREQS,
     ScaledQuantEmbedding,
+    _head_dim,
+    _in_our_words,
+    _shapes,
 )
 from torch_q4.nn import _Quantized
 
 __all__ = ["Export", "load_pretrained", "save_gguf_model", "save_pretrained", "tensor_names"]
 
 _OP = "save_gguf_model"
+_LOAD = "load_pretrained"
+_CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
+_LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _Item = TypeVar("_Item")
 
 # The recipe whose file type describes a file that is mostly of one format.
@@ -94,10 +109,15 @@ class Export:
 
     @classmethod
     def from_folder(
-        cls, folder: str | os.PathLike[str], like: str | os.PathLike[str] | None = None
+        cls, folder: str, tensors: int, like: str | os.PathLike[str] | None = None
     ) -> Export:
-        """For the model whose ``config.json`` is in a folder."""
-        config = AutoConfig.from_pretrained(os.fspath(folder) or ".", local_files_only=True)
+        """For the model whose ``config.json`` is in a folder, and whose tensors are so many.
+
+        Raises:
+            OSError: the folder has no such file.
+            ValueError: a damaged ``config.json``, or see :class:`Export`.
+        """
+        config = _config(_OP, folder or ".", tensors)
         return cls(config, load_gguf(like) if like is not None else None)
 
     def tensor_name(self, name: str) -> str:
@@ -194,9 +214,7 @@ def _metadata(config: PreTrainedConfig, architecture: str) -> GGUFMetadata:
     put("attention.head_count", config.num_attention_heads)
     put("attention.head_count_kv", config.num_key_value_heads)
     put("attention.layer_norm_rms_epsilon", float(config.rms_norm_eps))
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    head_dim = _head_dim(config)
     put("attention.key_length", head_dim)
     put("attention.value_length", head_dim)
     if architecture != "gemma3":
@@ -416,15 +434,17 @@ def load_pretrained(
 
     Raises:
         OSError: a file is missing.
-        ValueError: a model of another architecture, or a damaged file.
+        ValueError: a model of another architecture, or a damaged file: one that transformers can
+            make nothing of, or whose sizes are not those of the tensors.
         RuntimeError: tensors that are missing or do not belong to the model.
     """
-    path = os.fspath(folder)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    export = Export(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    path = os.fspath(folder) or "."
     file = load_safetensors(path)
+    config = _config(_LOAD, path, len(file.tensors))
+    _check_sizes(config, file)
+    described = os.path.join(path, _CONFIG)
+    with _in_our_words(_LOAD, "the file must describe a model", described), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, module in list(model.named_modules()):
         tensor = file.tensors.get(f"{name}.weight")
         if tensor is None or tensor.format is None or type(module) in (nn.Linear, nn.Embedding):
@@ -436,19 +456,110 @@ def load_pretrained(
             )  # fmt: skip
             model.set_submodule(name, packed)
     load_checkpoint(model, path, compute=compute)
-    _fill_buffers(model, export, dtype)
+    with _in_our_words(_LOAD, "the file must describe rotary embeddings", described):
+        _fill_buffers(model, dtype)
     model.to(device=device)
     # Copies what is still a view of the file in another dtype; blocks have none to cast to.
     model.to(dtype=dtype)
-    if os.path.exists(os.path.join(path, "generation_config.json")):
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    generation = os.path.join(path, "generation_config.json")
+    if os.path.exists(generation):
+        _json_object(_LOAD, generation)
+        with _in_our_words(_LOAD, "the file must describe generation", generation):
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     tokenizer = None
     if os.path.exists(os.path.join(path, "tokenizer_config.json")):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        with _in_our_words(_LOAD, "the files must describe a tokenizer", path):
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model.eval(), tokenizer
 
 
-def _fill_buffers(model: PreTrainedModel, export: Export, dtype: torch.dtype) -> None:
+def _json_object(op: str, path: str) -> dict[str, Any]:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: the file is damaged, or is no JSON object.
+    """
+    require_file(path, op)
+    with open(path, encoding="utf-8") as file:
+        try:
+            found = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{op}: the file must be JSON, got: {error} ({path})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{op}: the file must be a JSON object, got {_shown(found)} ({path})")
+    return found
+
+
+def _config(op: str, folder: str, tensors: int) -> PreTrainedConfig:
+    """The configuration in a folder, for a file of so many tensors.
+
+    Raises:
+        OSError: the folder has no ``config.json``.
+        ValueError: the file is damaged, or has more layers than there are tensors.
+    """
+    path = os.path.join(folder, _CONFIG)
+    stored = _json_object(op, path)
+    known = [row.model_type for row in _ARCHITECTURES.values()]
+    kind = stored.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(
+            f"{op}: model_type must be one of {', '.join(known)}, got {_shown(kind)} ({path})"
+        )
+    # A configuration has lists of as many entries as there are layers, and as there are labels,
+    # which a language model has no use for.
+    layers = stored.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(
+            f"{op}: num_hidden_layers must be at most {tensors}, as there are tensors, "
+            f"got {_shown(layers)} ({path})"
+        )
+    stored.pop("num_labels", None)
+    with _in_our_words(op, f"the file must describe a model of type {kind}", path):
+        return CONFIG_MAPPING[kind].from_dict({**stored, "_name_or_path": folder})
+
+
+def _check_sizes(config: PreTrainedConfig, file: SafetensorsFile) -> None:
+    """Compares what a model is made from with its file, before anything of such a size is made.
+
+    :func:`load_checkpoint` compares every tensor, but needs the model for it.
+    """
+    path = os.path.join(file.path, _CONFIG)
+    row = next(row for row in _ARCHITECTURES.values() if row.model_type == config.model_type)
+    found = {match[1] for name in file.tensors if (match := _LAYER_NUMBER.match(name))}
+    each = sum("{}" in name for name in row.names)
+    most = min(len(found), len(file.tensors) // each)
+    if config.num_hidden_layers != most:
+        raise ValueError(
+            f"{_LOAD}: num_hidden_layers must be {most}, as there are layers in the tensors, "
+            f"got {config.num_hidden_layers} ({path})"
+        )
+    with _in_our_words(_LOAD, "the sizes must be numbers", path):
+        shapes = _shapes(config)
+        head_dim = _head_dim(config)
+    for module, shape in shapes.items():
+        name = f"{row.names[module]}.weight".replace("{}", "0")
+        tensor = file.tensors.get(file.ties.get(name, name))
+        if tensor is None or tensor.shape != shape:
+            got = tensor.shape if tensor is not None else "no such tensor"
+            raise ValueError(
+                f"{_LOAD}: tensor {name!r} must have shape {shape}, got {got} ({path})"
+            )
+    if head_dim % 2:
+        raise ValueError(f"{_LOAD}: head_dim must be even, got {head_dim} ({path})")
+    divisors = getattr(config, "rope_freqs", None)
+    if divisors is not None and not (
+        isinstance(divisors, list)
+        and len(divisors) == head_dim // 2
+        and all(type(divisor) in (int, float) and divisor > 0 for divisor in divisors)
+    ):
+        raise ValueError(
+            f"{_LOAD}: rope_freqs must be {head_dim // 2} positive numbers, "
+            f"got {_shown(divisors)} ({path})"
+        )
+
+
+def _fill_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Computes the buffers that are not saved, and whose modules were made on the meta device."""
     divisors = getattr(model.config, "rope_freqs", None)
     for module in model.modules():

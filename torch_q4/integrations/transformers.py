@@ -11,12 +11,13 @@ order of Llama's query and key rows, Gemma's norm weights (stored plus one), and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,7 +36,6 @@ try:
 
     if tuple(int(part) for part in _found.split(".")[:2]) < _TRANSFORMERS:
         raise ImportError(f"transformers {_found} is too old")
-    from huggingface_hub.errors import StrictDataclassError
     from tqdm import tqdm
     from transformers import (
         AutoConfig,
@@ -310,16 +310,6 @@ _ARCHITECTURES = {
     "qwen2": _Architecture("qwen2", _qwen2_config, _DECODER),
     "qwen3": _Architecture("qwen3", _qwen3_config, _DECODER | _QK_NORMS),
 }
-# How many rows and columns a layer's weights have.
-_SHAPES: dict[str, Callable[[PreTrainedConfig], tuple[int, int]]] = {
-    "attn_q": lambda c: (c.num_attention_heads * c.head_dim, c.hidden_size),
-    "attn_k": lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size),
-    "attn_v": lambda c: (c.num_key_value_heads * c.head_dim, c.hidden_size),
-    "attn_output": lambda c: (c.hidden_size, c.num_attention_heads * c.head_dim),
-    "ffn_gate": lambda c: (c.intermediate_size, c.hidden_size),
-    "ffn_up": lambda c: (c.intermediate_size, c.hidden_size),
-    "ffn_down": lambda c: (c.hidden_size, c.intermediate_size),
-}
 # Llama 3's long-context scaling: divisors of the rotary frequencies, float32 (head_dim / 2,).
 _ROPE_FREQS = "rope_freqs.weight"
 # ``tokenizer.ggml.pre`` of Llama 3's vocabularies.
@@ -579,19 +569,55 @@ def _config(file: GGUFFile, architecture: _Architecture) -> PreTrainedConfig:
             _refuse(file, key, f"be a token, below {base['vocab_size']}", token)
     # Chat models end a turn with another token than a text.
     ends = {tokens[name]: None for name in ("eos", "eot", "eom") if tokens[name] is not None}
-    try:
+    described = base | architecture.config(metadata)
+    with _in_our_words(_OP, f"metadata must suit {architecture.model_type}", file.path):
         return AutoConfig.for_model(
             architecture.model_type,
-            **base,
-            **architecture.config(metadata),
+            **described,
             bos_token_id=tokens["bos"],
             eos_token_id=list(ends) if len(ends) > 1 else next(iter(ends), None),
             pad_token_id=tokens["padding"],
         )
-    except StrictDataclassError as error:  # transformers' own rules, and no ValueError
-        raise ValueError(
-            f"{_OP}: metadata must suit {architecture.model_type}, got: {error} ({file.path})"
-        ) from error
+
+
+@contextlib.contextmanager
+def _in_our_words(op: str, rule: str, path: str) -> Iterator[None]:
+    """Makes a ValueError of whatever transformers raises at what a file says."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        # A panic of tokenizers' Rust code is a BaseException of a class that nobody can import.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, OSError) and error.errno:  # the system's; transformers' have no number
+            raise
+        words = _shown(" ".join(str(error).split()))
+        raise ValueError(f"{op}: {rule}, got {type(error).__name__}: {words} ({path})") from error
+
+
+def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the embedding and of a layer's weights, by the file's module names."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * _head_dim(config)
+    keys = config.num_key_value_heads * _head_dim(config)
+    return {
+        "token_embd": (config.vocab_size, hidden),
+        "blk.{}.attn_q": (queries, hidden),
+        "blk.{}.attn_k": (keys, hidden),
+        "blk.{}.attn_v": (keys, hidden),
+        "blk.{}.attn_output": (hidden, queries),
+        "blk.{}.ffn_gate": (inner, hidden),
+        "blk.{}.ffn_up": (inner, hidden),
+        "blk.{}.ffn_down": (hidden, inner),
+    }
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Elements of one head; Qwen2's configuration has no entry for it."""
+    found = getattr(config, "head_dim", None)
+    return int(found or config.hidden_size // config.num_attention_heads)
 
 
 def _check_sizes(file: GGUFFile, config: PreTrainedConfig, architecture: _Architecture) -> None:
@@ -603,9 +629,8 @@ def _check_sizes(file: GGUFFile, config: PreTrainedConfig, architecture: _Archit
     if config.num_hidden_layers * each > len(file.tensors):
         rule = f"be at most {len(file.tensors) // each}, with {each} tensors of a layer in the file"
         _refuse(file, f"{file.architecture}.block_count", rule, config.num_hidden_layers)
-    shapes = {"token_embd.weight": (config.vocab_size, config.hidden_size)}
-    shapes |= {f"blk.0.{name}.weight": shape(config) for name, shape in _SHAPES.items()}
-    for name, shape in shapes.items():
+    for module, shape in _shapes(config).items():
+        name = f"{module}.weight".replace("{}", "0")
         found = file.tensors.get(name)
         if found is None or found.shape != shape:
             rule = f"tensor {name!r} must have shape {shape}"
