@@ -48,7 +48,7 @@ inline FormatInfo check_format(const char* op, int64_t type_id) {
 // word for it: float8_e8m0fnu, int4, bits8 and others. The code is ScalarType's own number.
 inline ScalarType dtype_in(const Tensor& tensor) {
   int32_t code = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
   return static_cast<ScalarType>(code);
 }
 
