@@ -72,7 +72,7 @@ def test_on_what_torch_takes_for_other_cpus(settings) -> None:
         pytest.skip("this is already such a run")
     # Not the best instruction set: on AMX no product would be torch's own.
     environment = dict(os.environ, TORCH_Q4_CPU_ISA="generic", **settings)
-    keep = ["-k", "(test_exact or small or bias_is_the_larger) and float32"]
+    keep = ["-k", "(test_exact or small or bias_is_the_larger or are_zero) and float32"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *keep, "tests/test_linear.py"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-4000:]
@@ -99,6 +99,16 @@ def test_a_bias_is_the_larger_part_float32(fmt) -> None:
             assert_exact(torch_q4.linear(x, few, fmt, bias[:20]), x, few, fmt, bias[:20])
         finally:
             torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q4_0_f32"])
+def test_most_activations_are_zero_float32(name) -> None:
+    """F.linear's error is then that of a tenth of K, and so must ours be."""
+    fmt = formats.get(name)
+    blocks = random_blocks(fmt, 33, 8192)
+    for m in (3, 9, 65):
+        x = torch.randn(m, 8192) * (torch.rand(m, 8192) < 0.1)
+        assert_exact(torch_q4.linear(x, blocks, fmt), x, blocks, fmt)
 
 
 def test_more_rows_than_are_prepared_at_a_time() -> None:

@@ -558,15 +558,18 @@ void dequantize_rows(const Weight& weight, int64_t row_begin, int64_t row_end, f
   }
 }
 
-// Sums of a run of elements start from zero and are added to the rest: two levels, so that the
-// rounding error grows with the run and with K / run, not with K. Where few columns leave registers
-// free, a run is several chains of sums, as of a dot product over vectors: F.linear is one there.
+// The sum of a run of elements starts from zero, and so does that of a tile: three levels, so that
+// the rounding error grows with the run, with the runs of a tile and with the tiles, not with K.
+// Where few columns leave registers free, a run is several chains of sums, as of a dot product over
+// vectors: F.linear is one there.
 template <int kWidth>
 void dense_columns(const float* weights, const float* x, int elems, float* sums) {
   constexpr int kFree = kExactColumns / kWidth;
   constexpr int kChains = kFree >= 4 ? 4 : kFree >= 2 ? 2 : 1;
   constexpr int kRun = kChains == 4 ? 64 : 32;
   static_assert(32 % kChains == 0);  // elems is a multiple of 32
+  alignas(64) float tile[kWidth * 16];
+  for (int i = 0; i < kWidth * 16; i += kLanes) store(tile + i, zero());
   for (int start = 0; start < elems; start += kRun) {
     const int end = min_int(start + kRun, elems);
     VecF acc[kChains][kWidth][kRowVectors];
@@ -599,11 +602,13 @@ void dense_columns(const float* weights, const float* x, int elems, float* sums)
         VecF total = acc[0][c][r];
         if constexpr (kChains >= 2) total = add(total, acc[1][c][r]);
         if constexpr (kChains == 4) total = add(total, add(acc[2][c][r], acc[3][c][r]));
-        float* sum = sums + c * 16 + r * kLanes;
+        float* sum = tile + c * 16 + r * kLanes;
         store(sum, add(load(sum), total));
       }
     }
   }
+  for (int i = 0; i < kWidth * 16; i += kLanes)
+    store(sums + i, add(load(sums + i), load(tile + i)));
 }
 
 template <class Format>
