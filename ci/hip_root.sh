@@ -61,6 +61,7 @@ fi
 mirror=${mirror%/} # a doubled slash in an address is an error to some mirrors
 
 partial=$root.partial
+mkdir -p "$(dirname "$root")" # mmdebstrap wants the folder to be there
 scratch=$(mktemp -d)
 trap 'rm -rf --one-file-system "$partial" "$scratch"' EXIT
 preferences=$scratch/hip # apt passes over names with a dot
