@@ -43,7 +43,7 @@ demo: build ## generate text with a real 270M model whose weights stay packed
 .PHONY: test
 test: build ## run the whole test suite
 	@echo "==> test: pytest"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(MAX_JOBS)
 
 # On a machine with a GPU that torch can use; several processes share it.
 .PHONY: test-gpu
