@@ -558,6 +558,7 @@ def test_exit_status(monkeypatch, capsys, tmp_path, formats, status, words) -> N
 def test_tools_that_fail_are_errors_and_no_tracebacks(monkeypatch, capsys, tmp_path) -> None:
     """hipcc that is not there, a root that cannot be used, and an llvm-mca that fails."""
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("HIP_ROOT", raising=False)
     assert rocm_check.main(["--format", "Q4_0", "--arch", "gfx942"]) == 2
     assert "ERROR hipcc must be on the PATH where --hip-root is not given" in (
         capsys.readouterr().out
