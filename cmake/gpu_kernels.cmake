@@ -66,8 +66,7 @@ if(TORCH_Q4_GPU STREQUAL "auto" AND NOT CUDA_ARCH STREQUAL "none")
 endif()
 
 # Sources, and one name per format, from the list that everything else follows, too.
-file(GLOB KERNEL_HEADERS CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.h"
-  "${CMAKE_CURRENT_SOURCE_DIR}/kernels/formats/*.h")
+file(GLOB_RECURSE KERNEL_HEADERS CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/kernels/*.h")
 set(REGISTRY "${CMAKE_CURRENT_SOURCE_DIR}/kernels/formats/registry.h")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${REGISTRY}")
 file(READ "${REGISTRY}" FORMATS)

@@ -1,6 +1,6 @@
 // The kernels into which no format enters.
 #include "quantize.h"
-#if defined(TORCH_Q4_GROUP_TILE)
+#if defined(TORCH_Q4_HOPPER)
 #include "paired.h"
 #endif
 
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu:
   store_value(a.out, to, sum, a.dtype);
 }
 
-#if defined(TORCH_Q4_GROUP_TILE)
+#if defined(TORCH_Q4_HOPPER)
 extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) arrange(gpu::ArrangeArgs a) {
   torch_q4::arrange(a);
 }

@@ -103,10 +103,7 @@ TORCH_Q4_DEVICE Bytes load_line(const uint8_t* from) {
 
 // 16 bytes with 16 where one of 16 bits is set.
 TORCH_Q4_DEVICE Bytes expand_bits(uint32_t bits) {
-  // Four bits at a time: the factor puts copies of them at bits 0, 7, 14 and 21, which brings bit
-  // i of the four to bit 8 i.
-  return map_words(
-      [&](int i) { return ((bits >> 4 * i & 0xFu) * 0x00204081u & 0x01010101u) << 4; });
+  return map_words([&](int i) { return expand_4_bits(bits >> 4 * i & 0xFu); });
 }
 
 // Elements 2 i (low) and 2 i + 1 (high) of a segment, of which eight codes each come in the bytes

@@ -148,8 +148,7 @@ struct Line {
 // The fifth bits of a piece's elements, of which those of `bits` belong to 16 from element 0 on.
 template <int kWords>
 TORCH_Q4_DEVICE Codes<kWords> expand_piece(uint32_t bits, int first) {
-  return Codes<kWords>::map(
-      [&](int i) { return ((bits >> (first + 4 * i) & 0xFu) * 0x00204081u & 0x01010101u) << 4; });
+  return Codes<kWords>::map([&](int i) { return expand_4_bits(bits >> (first + 4 * i) & 0xFu); });
 }
 
 // A piece of every segment of one row's block in GGML's layout, in shared memory.

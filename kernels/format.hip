@@ -7,7 +7,7 @@
 #include "quantize.h"
 #include "repack.h"
 #include "transposed.h"
-#if defined(TORCH_Q4_GROUP_TILE)
+#if defined(TORCH_Q4_HOPPER)
 #include "paired.h"
 #include "staged.h"
 #endif
@@ -58,7 +58,7 @@ TORCH_Q4_MATMUL(matmul_f16_64, Float16, 64, 2)
 TORCH_Q4_MATMUL(matmul_bf16_16, BFloat16, 16, 3)
 TORCH_Q4_MATMUL(matmul_bf16_64, BFloat16, 64, 2)
 
-#if defined(TORCH_Q4_GROUP_TILE)
+#if defined(TORCH_Q4_HOPPER)
 #define TORCH_Q4_STAGED(name, T, columns)                                       \
   extern "C" __global__ void __launch_bounds__(gpu::staged_threads(columns), 1) \
       staged_##name##_##columns(gpu::StagedArgs a) {                            \

@@ -26,7 +26,7 @@
 
 #include <utility>
 
-#include "portability.h"
+#include "arch/arch.h"
 
 namespace TORCH_Q4_NAMESPACE {
 

@@ -7,6 +7,7 @@ Each test gets copies of it and of the runtime, so that nothing is loaded yet.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -23,44 +24,14 @@ from torch_q4 import formats
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "gpu_runtime"
+sys.path.append(str(Path(__file__).parent / "device"))
+launch: Any = importlib.import_module("arguments")
 BUILT_FOR_HIP = "gfx906 gfx90a gfx11-generic"
 BUILT_FOR_CUDA = "sm_80 sm_90 compute_80"
 BUILT_FOR_HOPPER = "sm_80 sm_90a compute_80"
 SHARED_BYTES = 232448  # an H100's
-F32, F16, BF16 = range(3)
+F32, F16, BF16 = launch.FLOAT32, launch.FLOAT16, launch.BFLOAT16
 NVIDIA, AMD_MATRIX, AMD_NO_MATRIX, HOPPER = range(4)
-
-
-class LinearArgs(ctypes.Structure):
-    """As in kernels/arguments.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "scales", "sums", "blocks", "bias", "out")),
-        *((name, ctypes.c_int64) for name in ("m", "n", "k", "row_begin", "row_end")),
-        ("packed", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-    ]
-
-
-class StagedArgs(ctypes.Structure):
-    """As in kernels/arguments.h."""
-
-    _fields_ = [
-        ("linear", LinearArgs),
-        ("partial", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("groups", "stages", "splits")),
-    ]
-
-
-class PairedArgs(ctypes.Structure):
-    """As in kernels/arguments.h."""
-
-    _fields_ = [
-        ("linear", LinearArgs),
-        ("arranged", ctypes.c_void_p),
-        ("partial", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("x_stages", "weight_stages", "splits")),
-    ]
 
 
 class Record(ctypes.Structure):
@@ -208,11 +179,11 @@ def hopper(start) -> Runtime:
     return start("hopper.so", "libcuda.so.1")
 
 
-def linear_args(**values: int) -> LinearArgs:
+def linear_args(**values: int) -> Any:
     given = {"x": 0x10, "scales": 0x20, "sums": 0x30, "blocks": 0x40, "bias": 0x50, "out": 0x60,
              "m": 5, "n": 1000, "k": 64, "row_begin": 0, "row_end": 1000, "packed": 1,
              "dtype": BF16}  # fmt: skip
-    return LinearArgs(**{**given, **values})
+    return launch.LinearArgs(**{**given, **values})
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -222,7 +193,7 @@ def linear_args(**values: int) -> LinearArgs:
 def test_a_launch_arrives(which, request) -> None:
     runtime = request.getfixturevalue(which)
     stub, library = runtime.stub, runtime.library
-    stub.args_bytes = ctypes.sizeof(LinearArgs)
+    stub.args_bytes = ctypes.sizeof(launch.LinearArgs)
     args = linear_args()
     kernel = library.matvec_number(BF16, 2)
     assert runtime.error("launch_linear", kernel, 0, 4, ctypes.byref(args)) == ""
@@ -237,9 +208,9 @@ def test_a_launch_arrives(which, request) -> None:
 def test_a_staged_launch_arrives(hopper) -> None:
     """With its own threads and shared memory, which each function is allowed once."""
     stub, library = hopper.stub, hopper.library
-    stub.args_bytes = ctypes.sizeof(StagedArgs)
+    stub.args_bytes = ctypes.sizeof(launch.StagedArgs)
     assert library.shared_bytes_of(0) == SHARED_BYTES
-    args = StagedArgs(linear_args(m=9, row_end=992), 0x70, groups=3, stages=4, splits=2)
+    args = launch.StagedArgs(linear_args(m=9, row_end=992), 0x70, groups=3, stages=4, splits=2)
     for width, columns in enumerate((8, 16, 32, 64, 128)):
         for _ in range(3):
             assert hopper.error("launch_staged", width, 0, ctypes.byref(args)) == ""
@@ -259,8 +230,8 @@ def test_a_paired_launch_arrives(start, driver) -> None:
     """It may begin before the kernel before it has ended, where the driver knows of that."""
     hopper = start("hopper.so", driver)
     stub, library = hopper.stub, hopper.library
-    stub.args_bytes = ctypes.sizeof(PairedArgs)
-    args = PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
+    stub.args_bytes = ctypes.sizeof(launch.PairedArgs)
+    args = launch.PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
     for width, (columns, blocks) in enumerate(((128, 3), (256, 2))):
         assert hopper.error("launch_paired", width, 0, ctypes.byref(args)) == ""
         assert stub.kernel == f"paired_bf16_{columns}".encode()
@@ -277,7 +248,7 @@ def test_a_paired_launch_arrives(start, driver) -> None:
 
 def test_an_overlapping_launch_in_a_new_thread(hopper) -> None:
     """A thread without a context gets one here, too."""
-    args = PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
+    args = launch.PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
     errors: list[str] = []
     for _ in range(2):  # with the kernel still to be loaded, and with it loaded
         thread = threading.Thread(
@@ -911,15 +882,3 @@ def test_where_paired_is_quicker_than_blas(hip, fmt) -> None:
     assert rows(15, 8192) == [], "no whole group of rows: matvec would have to do it all"
     if fmt.name in ("q5_k", "q6_k"):
         assert 2048 not in rows(4096, 4096) + rows(4096, 14336)
-
-
-@pytest.mark.parametrize(
-    "struct", [LinearArgs, StagedArgs, PairedArgs], ids=lambda struct: struct.__name__
-)
-def test_the_arguments_mirror_the_header(struct) -> None:
-    header = (ROOT / "kernels/arguments.h").read_text()
-    body = re.search(rf"struct {struct.__name__} \{{(.*?)\n\}};", header, re.S)
-    assert body
-    code = re.sub(r"//.*", "", body.group(1))
-    names = [name for line in code.split(";") for name in re.findall(r"[*\s](\w+)(?=,|\s*$)", line)]
-    assert names == [field[0] for field in struct._fields_]

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "../../kernels/portability.h"
+#include "../../kernels/arch/arch.h"
 
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>

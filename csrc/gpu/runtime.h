@@ -98,7 +98,7 @@ struct Block {
   unsigned threads = kBlockThreads;
   unsigned shared_bytes = 0;  // dynamic ones
   // May begin while the kernel before it in the stream still runs, and waits for that one's end by
-  // itself: wait_for_previous in kernels/portability.h. For Hopper and later.
+  // itself: wait_for_previous in kernels/arch/gpu.h. For Hopper and later.
   bool overlaps = false;
 };
 

@@ -1,7 +1,7 @@
 // What the formats with blocks of 32 share: how rows are quantised and how 5-bit codes lie.
 #pragma once
 
-#include "../portability.h"
+#include "../arch/arch.h"
 #include "search.h"
 
 namespace TORCH_Q4_NAMESPACE {

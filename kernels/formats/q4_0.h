@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../packed.h"
-#include "../portability.h"
+#include "../arch/arch.h"
 #include "blocks_of_32.h"
 
 namespace TORCH_Q4_NAMESPACE {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../packed.h"
-#include "../portability.h"
+#include "../arch/arch.h"
 #include "blocks_of_256.h"
 #include "scales.h"
 

@@ -1,7 +1,7 @@
 // The two ways in which K formats squeeze 6-bit scales into 12 bytes.
 #pragma once
 
-#include "../portability.h"
+#include "../arch/arch.h"
 
 namespace TORCH_Q4_NAMESPACE {
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../portability.h"
+#include "../arch/arch.h"
 
 namespace TORCH_Q4_NAMESPACE {
 

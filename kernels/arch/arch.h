@@ -1,0 +1,66 @@
+// What everything under kernels/ is written against: names that mean the same everywhere. The only
+// file that asks which compiler reads it, a host C++ compiler, hipcc or nvcc; one header for each
+// then gives the names their form.
+//
+//   host.h      a CPU
+//   gpu.h       what both GPU compilers understand, and the names that hip.h and cuda.h define
+//   tile_*.h    the matrix tile of gpu.h, by mfma, wmma or mma instructions, or by none
+//   hopper.h    what NVIDIA's sm_90a alone has
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__HIPCC__) || defined(__CUDACC__)
+#define TORCH_Q4_HOST_DEVICE __host__ __device__
+#else
+#define TORCH_Q4_HOST_DEVICE
+#endif
+
+// The CPU kernels compile these headers several times, under different instruction sets. Each time
+// in a namespace of its own, or the linker would merge the copies of an inline function and hand
+// AVX-512 code to a CPU without it.
+#ifndef TORCH_Q4_NAMESPACE
+#define TORCH_Q4_NAMESPACE torch_q4
+#endif
+
+namespace TORCH_Q4_NAMESPACE {
+
+TORCH_Q4_HOST_DEVICE inline float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+TORCH_Q4_HOST_DEVICE inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+// IEEE binary16 bits to float32; exact for every input, subnormals included.
+TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half);
+
+// float32 to IEEE binary16 bits, rounding to nearest even, overflowing to infinity.
+TORCH_Q4_HOST_DEVICE inline uint16_t float_to_half(float value);
+
+// Byte i is 16 where bit i of four bits is set, else 0: the factor puts copies of the four at bits
+// 0, 7, 14 and 21, which brings bit i to bit 8 i.
+TORCH_Q4_HOST_DEVICE inline uint32_t expand_4_bits(uint32_t bits) {
+  return (bits * 0x00204081u & 0x01010101u) << 4;
+}
+// Byte i of out[32] is 16 where bit i of `bits` is set, else 0.
+TORCH_Q4_HOST_DEVICE inline void expand_to_16(uint32_t bits, uint8_t* out);
+
+// Byte `index` of a word as a number.
+TORCH_Q4_HOST_DEVICE inline float byte_to_float(uint32_t word, int index);
+
+}  // namespace TORCH_Q4_NAMESPACE
+
+#if defined(__HIPCC__)
+#include "hip.h"
+#elif defined(__CUDACC__)
+#include "cuda.h"
+#else
+#include "host.h"
+#endif
