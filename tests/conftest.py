@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,14 @@ from torch import Tensor
 
 from torch_q4 import formats
 from torch_q4.formats import Format
+
+# Inductor's cache does not ask for which vectors its code was made: compiled for wider ones, that
+# code writes past the ends of tensors. So code made under the variable that chooses vectors stays
+# apart, and so do processes that run at the same time.
+_KIND = os.environ.get("PYTEST_XDIST_WORKER", "main"), os.environ.get("ATEN_CPU_CAPABILITY", "any")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+    Path(__file__).parent.parent / "build/inductor" / "-".join(_KIND)
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "ggml_golden.npz"
 
@@ -41,8 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alike() -> Iterator[None]:
+    """Every test begins with the same random numbers, and with torch's own number of threads."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
