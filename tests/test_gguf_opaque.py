@@ -221,11 +221,11 @@ def test_damage_is_named(save, case: str) -> None:
     assert re.fullmatch(rf"load_gguf: {message}\({path}\)", str(error.value)), error.value
 
 
+@pytest.mark.parametrize("kind", [OPAQUE[-1], 999], ids=["ggml's", "newer"])
 def test_a_format_that_is_registered_makes_the_tensor_ordinary(
-    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
 ) -> None:
-    kind = OPAQUE[-1]
-    name, block_elems, block_bytes = _BLOCKS[kind]
+    name, block_elems, block_bytes = _BLOCKS.get(kind, ("newer", 16, 10))
     data = random.Random(0).randbytes(6 * block_bytes)
     path = save(file_with(kind, [3 * block_elems, 2], data))
     fmt = formats.Format(name, kind, block_elems, block_bytes, lambda blocks: blocks.float())
