@@ -670,7 +670,6 @@ def _compare(options: argparse.Namespace) -> int:
             ],
             left=5,
         )  # fmt: skip
-        _say()
     for what, names in (
         (f"only in {options.a}", result.only_a),
         (f"only in {options.b}", result.only_b),
@@ -678,11 +677,12 @@ def _compare(options: argparse.Namespace) -> int:
     ):
         if names:
             _say(f"{what}: {_some(names)}")
+    if result.tensors or result.opaque:
+        _say()
     if result.tensors:
         worst = max(result.tensors, key=lambda error: _or_infinite(error.nmse))
         mean = sum(error.nmse for error in result.tensors) / len(result.tensors)
         exact = sum(error.max_error == 0 for error in result.tensors)
-        _say()
         _say(
             f"{len(result.tensors)} tensors compared, {exact} equal; NMSE mean {mean:.3e}, "
             f"largest {worst.nmse:.3e} ({worst.name})"
