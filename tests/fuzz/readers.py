@@ -365,15 +365,18 @@ def split(rng: random.Random, folder: Path) -> str:
     if flaw == "same tensor":
         numbers = [max(number, 1) for number in numbers]
     at = rng.randrange(count)
+    # So that no other rule than the one that is broken refuses the parts.
+    total = max(numbers) if flaw == "same tensor" else sum(numbers)
     parts = []
     for n in range(count):
         keys: dict[bytes, tuple[int, Any]] = {
             b"split.no": (2, n),
             b"split.count": (2, count),
-            b"split.tensors.count": (5, sum(numbers)),
+            b"split.tensors.count": (5, total),
         }
-        if n == 0 or flaw == "architecture":
-            keys[b"general.architecture"] = 8, rng.choice((b"llama", b"qwen2"))
+        if n == 0 or flaw in ("architecture", "swapped"):
+            names = (b"llama", b"qwen2") if flaw == "architecture" else (b"llama",)
+            keys[b"general.architecture"] = 8, rng.choice(names)
         if n == at and flaw in ("no", "count", "tensors.count"):
             keys[f"split.{flaw}".encode()] = rng.choice((
                 (8, b"1"), (9, None), (5, -1), (10, 2**40), (10, 2**63), (11, -(2**63)), (6, 1.0),
