@@ -26,6 +26,7 @@ import torch_q4
 from torch_q4 import GGUFFile, GGUFTensor, Importance, collect_importance, recipes
 from torch_q4._tensors import TensorLike
 from torch_q4.convert import quantize_file
+from torch_q4.formats import Format
 from torch_q4.integrations.gguf_export import tensor_names
 from torch_q4.integrations.transformers import load_gguf_model
 
@@ -93,7 +94,7 @@ def dithered(file: GGUFFile) -> dict[str, TensorLike]:
 
 def moved(tensor: GGUFTensor, generator: torch.Generator) -> Tensor:
     fmt = tensor.format
-    assert fmt is not None
+    assert isinstance(fmt, Format)
     start, stop, steps = CODES[fmt.name]
     low = tensor.blocks.unflatten(-1, (-1, fmt.block_bytes)).clone()
     high = low.clone()

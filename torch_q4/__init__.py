@@ -10,7 +10,7 @@ from torch_q4.checkpoint import (
     save_checkpoint,
     save_safetensors,
 )
-from torch_q4.gguf import GGUFArray, GGUFError, GGUFFile, GGUFTensor, load_gguf
+from torch_q4.gguf import GGUFArray, GGUFError, GGUFFile, GGUFOpaque, GGUFTensor, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.importance import Importance, collect_importance, load_importance
 from torch_q4.nn import QuantEmbedding, QuantLinear, pack_
@@ -32,6 +32,7 @@ __all__ = [
     "GGUFError",
     "GGUFFile",
     "GGUFMetadata",
+    "GGUFOpaque",
     "GGUFTensor",
     "Importance",
     "Kept",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_q4 import formats
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFTensor
+from torch_q4.gguf import GGUFOpaque, GGUFTensor
 
 TensorLike = Tensor | GGUFTensor | tuple[Tensor, Format | str | int]
 
@@ -24,7 +24,8 @@ class TensorInfo:
 
     Attributes:
         name: its name.
-        format: its block format, or None for plain numbers.
+        format: its block format, or None for plain numbers; a :class:`GGUFOpaque` for a type that
+            there is no format for.
         shape: its logical shape in torch's order.
         dtype: of plain numbers; ``torch.uint8`` with a format.
 
@@ -33,12 +34,12 @@ class TensorInfo:
     """
 
     name: str
-    format: Format | None
+    format: Format | GGUFOpaque | None
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.uint8
 
     def __post_init__(self) -> None:
-        if self.format is None:
+        if not isinstance(self.format, Format):
             return
         columns = self.shape[-1] if self.shape else 1
         if columns % self.format.block_elems:
@@ -54,7 +55,8 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Bytes of one row; blocks of an opaque type have none that are known."""
+        assert not isinstance(self.format, GGUFOpaque)
         if self.format is not None:
             return self.format.row_bytes(self.columns)
         return self.columns * self.dtype.itemsize
@@ -75,6 +77,8 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
+        if isinstance(self.format, GGUFOpaque):
+            return self.format.nbytes
         return self.rows * self.row_bytes
 
     @property
@@ -84,7 +88,7 @@ class TensorInfo:
 
     @property
     def type_name(self) -> str:
-        """The format's name, or ``f32``, ``f16``, ``bf16``, ``i32`` and so on."""
+        """The format's or opaque type's name, or ``f32``, ``f16``, ``bf16``, ``i32`` and so on."""
         if self.format is not None:
             return self.format.name
         name = str(self.dtype).removeprefix("torch.")

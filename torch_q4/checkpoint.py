@@ -26,7 +26,7 @@ from torch_q4 import formats
 from torch_q4._files import AtomicFile, require_file
 from torch_q4._tensors import TensorInfo, TensorLike, described
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFTensor, _shown
+from torch_q4.gguf import GGUFOpaque, GGUFTensor, _format_of, _shown
 from torch_q4.nn import (
     QuantEmbedding,
     QuantLinear,
@@ -69,7 +69,7 @@ class SafetensorsWriter:
 
     Raises:
         ValueError: two tensors of one name.
-        TypeError: a dtype that safetensors has none for.
+        TypeError: a dtype that safetensors has none for, or a type that there is no format for.
         OSError: the file cannot be made or there is no room for all of it.
     """
 
@@ -86,6 +86,11 @@ class SafetensorsWriter:
             if info.name in header or info.name == "__metadata__":
                 raise ValueError(
                     f"save_safetensors: a tensor name must occur once, got {info.name!r} again"
+                )
+            if isinstance(info.format, GGUFOpaque):
+                raise TypeError(
+                    f"save_safetensors: tensor {info.name!r} must be plain numbers or of one of "
+                    f"torch_q4's formats, got {info.format}"
                 )
             if info.dtype not in _DTYPES:
                 known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -173,7 +178,7 @@ def save_safetensors(
 
     Raises:
         ValueError: a shape that does not fit its format.
-        TypeError: a dtype that safetensors has none for.
+        TypeError: a dtype that safetensors has none for, or a type that there is no format for.
         OSError: the file cannot be made, or there is no room for all of it; what the path held
             before is untouched.
     """
@@ -458,7 +463,9 @@ def load_checkpoint(
     file = load_safetensors(path)
     state = {name: tensor.data for name, tensor in file.tensors.items()}
     packed = {
-        name: tensor.format for name, tensor in file.tensors.items() if tensor.format is not None
+        name: fmt
+        for name, tensor in file.tensors.items()
+        if (fmt := _format_of("load_checkpoint", tensor)) is not None
     }
     for name, source in file.ties.items():
         state[name] = state[source]

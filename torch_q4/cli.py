@@ -30,11 +30,12 @@ from torch_q4.convert import (
     architecture_of,
     compare_files,
     dequantize_file,
+    files_of,
     lack_of_memory,
     open_file,
     quantize_file,
 )
-from torch_q4.gguf import GGUFArray, GGUFFile
+from torch_q4.gguf import GGUFArray, GGUFFile, GGUFOpaque
 from torch_q4.importance import load_importance
 from torch_q4.ops import _LIBRARY, cpu_isa
 
@@ -45,7 +46,12 @@ _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _DESCRIPTION = """\
 Weights in GGML's block formats: look at files, quantise, dequantise and compare them.
 
-Files are GGUF or safetensors; the latter also as the folder of a Hugging Face model.
+Files are GGUF or safetensors; the latter also as the folder of a Hugging Face model. Of a GGUF file
+that is split, NAME-00001-of-00003.gguf, any part stands for all of it.
+"""
+_INFO = """\
+Lists a file's tensors, formats and sizes. A tensor of a type that torch-q4 has no format for is
+listed by ggml's name of the type, or the type's number.
 """
 _QUANTIZE = """\
 Quantises the matrices of a file. The mixes choose each tensor's format as llama.cpp's quantize tool
@@ -54,6 +60,20 @@ does, for the architectures gemma3, llama, qwen2 and qwen3; --pure works for any
 IN is a GGUF file, a safetensors file, or a folder of a Hugging Face model. OUT ends in .gguf or
 .safetensors; a safetensors IN becomes GGUF if its config.json lies beside it.
 OUT appears when it is complete and not before: an interruption leaves what was there.
+
+A tensor of a type that torch-q4 has no format for stays as it is, if the mix leaves it alone and
+OUT is GGUF; otherwise it is refused before anything is written.
+"""
+_DEQUANTIZE = """\
+Writes a file's packed tensors as plain numbers. A tensor of a type that torch-q4 has no format for
+is refused before anything is written.
+"""
+_COMPARE = """\
+Tells how far the tensors of two files are apart, name by name: NMSE is sum (a - b)^2 / sum a^2, max
+is max |a - b|, cosine that of the angle between them. NaN is equal to NaN alone. Of tensors whose
+type torch-q4 has no format for, the bytes are compared.
+
+The exit status is 1 if a value is NaN or infinite in one file and not the same in the other.
 """
 _QUANTIZE_EXAMPLES = """\
 examples:
@@ -210,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    info = command("info", _info, "list a file's tensors, formats and sizes", [])
+    info = command("info", _info, "list a file's tensors, formats and sizes", [], _INFO)
     info.add_argument("file", metavar="FILE", help="a GGUF or safetensors file, or a folder")
     info.add_argument("--metadata", action="store_true", help="list the metadata, too")
 
@@ -267,6 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         _dequantize,
         "write a file's packed tensors as plain numbers",
         [threads],
+        _DEQUANTIZE,
     )
     undo.add_argument("source", metavar="IN", help="a GGUF or safetensors file, or a folder")
     undo.add_argument("target", metavar="OUT", help="the file to write, .gguf or .safetensors")
@@ -288,10 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         _compare,
         "tell how far the tensors of two files are apart",
         [threads],
-        "Tells how far the tensors of two files are apart, name by name: NMSE is\n"
-        "sum (a - b)^2 / sum a^2, max is max |a - b|, cosine that of the angle between them.\n"
-        "NaN is equal to NaN alone. The exit status is 1 if a value is NaN or infinite in one\n"
-        "file and not the same in the other.",
+        _COMPARE,
     )
     compare.add_argument("a", metavar="A", help="the reference")
     compare.add_argument("b", metavar="B", help="what is compared with it")
@@ -465,11 +483,14 @@ def _info(options: argparse.Namespace) -> int:
         for place, value in enumerate((1, info.elements, info.nbytes)):
             entry[place] += value
     kind = f"GGUF version {file.version}" if isinstance(file, GGUFFile) else "safetensors"
+    files = files_of(file)
+    opaque = [info.name for info in infos if isinstance(info.format, GGUFOpaque)]
     bits = 8 * nbytes / elements if elements else 0.0
     if options.json:
         _print_json(
             {
                 "path": file.path,
+                "files": files,
                 "kind": kind,
                 "architecture": architecture_of(file),
                 "parameters": elements,
@@ -486,6 +507,7 @@ def _info(options: argparse.Namespace) -> int:
                         "shape": info.shape,
                         "parameters": info.elements,
                         "bytes": info.nbytes,
+                        "readable": not isinstance(info.format, GGUFOpaque),
                     }
                     for info in infos
                 ],
@@ -519,10 +541,13 @@ def _info(options: argparse.Namespace) -> int:
         [(n, str(c), _count(p), _size(s)) for n, (c, p, s) in types.items()],
     )
     _say()
+    parts = f" in {len(files)} parts" if len(files) > 1 else ""
     _say(
-        f"{kind}, {architecture_of(file) or 'no architecture'}: {len(infos)} tensors, "
+        f"{kind}{parts}, {architecture_of(file) or 'no architecture'}: {len(infos)} tensors, "
         f"{_count(elements)} parameters, {_size(nbytes)}, {bits:.2f} bits per weight"
     )
+    if opaque:
+        _say(f"without a format here, so that their values cannot be read: {_some(opaque)}")
     return 0
 
 
@@ -609,45 +634,74 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(dataclasses.asdict(result))
         return status
-    _print_table(
-        ("tensor", "shape", "A", "B", "NMSE", "max", "cosine"),
-        [
-            (
-                error.name,
-                _shape(error.shape),
-                error.type_a,
-                error.type_b,
-                f"{error.nmse:.3e}",
-                f"{error.max_error:.3e}",
-                f"{error.cosine:.6f}",
-            )
-            for error in result.tensors
-        ],
-        left=4,
-    )
+    if result.tensors or not result.opaque:
+        _print_table(
+            ("tensor", "shape", "A", "B", "NMSE", "max", "cosine"),
+            [
+                (
+                    error.name,
+                    _shape(error.shape),
+                    error.type_a,
+                    error.type_b,
+                    f"{error.nmse:.3e}",
+                    f"{error.max_error:.3e}",
+                    f"{error.cosine:.6f}",
+                )
+                for error in result.tensors
+            ],
+            left=4,
+        )
+    if result.opaque:
+        if result.tensors:
+            _say()
+        _print_table(
+            ("tensor", "shape", "A", "B", "bytes"),
+            [
+                (
+                    error.name,
+                    _shape(error.shape),
+                    error.type_a,
+                    error.type_b,
+                    "of different types" if error.different is None
+                    else f"{error.different} of {error.nbytes} differ" if error.different
+                    else "equal",
+                )
+                for error in result.opaque
+            ],
+            left=5,
+        )  # fmt: skip
     for what, names in (
         (f"only in {options.a}", result.only_a),
         (f"only in {options.b}", result.only_b),
         ("of different shapes", result.shapes_differ),
     ):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            _say(f"{what}: {', '.join(names[:5])}{more}")
+            _say(f"{what}: {_some(names)}")
+    if result.tensors or result.opaque:
+        _say()
     if result.tensors:
         worst = max(result.tensors, key=lambda error: _or_infinite(error.nmse))
         mean = sum(error.nmse for error in result.tensors) / len(result.tensors)
         exact = sum(error.max_error == 0 for error in result.tensors)
-        _say()
         _say(
             f"{len(result.tensors)} tensors compared, {exact} equal; NMSE mean {mean:.3e}, "
             f"largest {worst.nmse:.3e} ({worst.name})"
         )
+    if result.opaque:
+        exact = sum(error.different == 0 for error in result.opaque)
+        _say(f"{len(result.opaque)} tensors have no format here: the bytes of {exact} are equal")
     for error in broken:
         _say(
             f"{error.name}: {error.nonfinite} values are NaN or infinite in one file and not the "
             "same in the other"
         )
     return status
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few names and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def _or_infinite(value: float) -> float:

@@ -34,12 +34,13 @@ from torch_q4.checkpoint import (
     load_safetensors,
 )
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFFile, GGUFTensor, load_gguf
+from torch_q4.gguf import GGUFFile, GGUFOpaque, GGUFTensor, _format_of, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, GGUFWriter
 from torch_q4.importance import Importance, for_tensor
 from torch_q4.ops import dequantize, find_not_finite
 
 __all__ = [
+    "BytesError",
     "Comparison",
     "Conversion",
     "TensorError",
@@ -60,6 +61,8 @@ Source = GGUFFile | SafetensorsFile
 
 def open_file(path: str | os.PathLike[str]) -> Source:
     """Opens a GGUF file, a safetensors file, or a folder with safetensors, whichever it is.
+
+    Of a split GGUF file any part opens all of it.
 
     Raises:
         OSError: the file cannot be opened, or is a device or a FIFO, which cannot be mapped.
@@ -146,6 +149,11 @@ class _Item:
         """
         info = self.info
         stored = self.source.data
+        if isinstance(info.format, GGUFOpaque):  # which has no rows that are known
+            for part in stored.split(_PANEL):
+                yield part
+                release(part)
+            return
         rows = stored.reshape(info.rows, -1)
         height = max(1, _PANEL // max(info.columns, 1))
         matrix = info.shape[-2] if len(info.shape) > 1 else 1  # rows with one importance
@@ -180,7 +188,7 @@ class _Item:
 
     def values(self, panel: Tensor) -> Tensor:
         """Rows of the source as numbers."""
-        packed = self.source.format
+        packed = _format_of("convert", self.source)
         values = panel if packed is None else dequantize(panel, packed)
         return values.float() + self.offset if self.offset else values
 
@@ -250,8 +258,12 @@ def quantize_file(
 ) -> Conversion:
     """Quantises a file's matrices, each to the format that a mix gives it.
 
+    A tensor of a type that there is no format for is copied where the mix quantises it not, into a
+    GGUF file, and else refused before anything is written.
+
     Args:
-        source: a GGUF file, a safetensors file, or a folder of a Hugging Face model.
+        source: a GGUF file, a safetensors file, or a folder of a Hugging Face model. Of a split
+            GGUF file any part stands for all of it; what is written is one file.
         target: a ``.gguf`` or ``.safetensors`` file. A safetensors source becomes a GGUF file only
             with its ``config.json`` beside it, since names, rows and metadata follow from that.
         type: the mix, see :mod:`torch_q4.recipes`.
@@ -267,8 +279,9 @@ def quantize_file(
         progress: show a bar on stderr; None: if that is a terminal.
 
     Raises:
-        ValueError: an unknown type or architecture, a source that is quantised already or not
-            finite, an importance that does not fit, is negative or not finite, or a damaged file.
+        ValueError: an unknown type or architecture; a source that is quantised already, not finite,
+            or of a type that there is no format for; an importance that does not fit, is negative
+            or not finite; or a damaged file.
         OSError: a file cannot be read or written.
         MemoryError: there is not enough of it.
     """
@@ -336,6 +349,8 @@ def dequantize_file(
 ) -> Conversion:
     """Writes a file's packed tensors as plain numbers; the others stay as they are.
 
+    A tensor of a type that there is no format for is refused before anything is written.
+
     Args:
         source: as of :func:`quantize_file`.
         target: a ``.gguf`` or ``.safetensors`` file.
@@ -345,7 +360,8 @@ def dequantize_file(
         progress: show a bar on stderr; None: if that is a terminal.
 
     Raises:
-        ValueError: another dtype or a damaged file.
+        ValueError: another dtype, a tensor of a type that there is no format for, or a damaged
+            file.
         OSError: a file cannot be read or written.
         MemoryError: there is not enough of it.
     """
@@ -395,7 +411,7 @@ def _planned(
         )
     to_gguf = suffix == ".gguf"
     file = open_file(source)
-    sources = _files_of(file.path) if isinstance(file, SafetensorsFile) else [file.path]
+    sources = files_of(file)
     others = [os.fspath(path) for path in (like, importance_path) if path is not None]
     for path in [*sources, *others] if os.path.exists(target) else []:
         if os.path.exists(path) and os.path.samefile(path, target):
@@ -407,11 +423,6 @@ def _planned(
     if isinstance(file, GGUFFile):
         if like is not None:
             raise ValueError(f"{op}: like must go with a safetensors source, got a GGUF file")
-        if file.metadata.get("split.count", 0) > 1:
-            raise ValueError(
-                f"{op}: the source must be one whole file, got part of a model split into "
-                f"{file.metadata['split.count']} ({file.path})"
-            )
         infos = [info_of(tensor) for tensor in file.tensors.values()]
         facts = (
             recipes.ModelFacts.from_metadata(file.metadata)
@@ -427,6 +438,9 @@ def _planned(
             )
             for info in infos
         ]
+        for item in items:
+            if not (item.copied and to_gguf):
+                _format_of(op, item.source, file.path)
         metadata: GGUFMetadata | dict[str, str] = GGUFMetadata(file) if to_gguf else {}
         return _Plan(items, metadata, to_gguf, notes)
 
@@ -512,7 +526,7 @@ def _config_beside(file: SafetensorsFile) -> str | None:
 
 
 def _retyped(info: TensorInfo, type: recipes.Type, name: str) -> TensorInfo:
-    if isinstance(type, Format):
+    if isinstance(type, (Format, GGUFOpaque)):
         return TensorInfo(name, type, info.shape)
     return TensorInfo(name, None, info.shape, type)
 
@@ -663,17 +677,40 @@ class TensorError:
 
 
 @dataclasses.dataclass(frozen=True)
+class BytesError:
+    """How far a tensor that has no values here, at least in one file, is from that of another.
+
+    Attributes:
+        name: the tensor.
+        shape: its shape.
+        type_a: its type in the first file.
+        type_b: its type in the second.
+        nbytes: its bytes in the first file.
+        different: how many bytes differ; None where the types do, so that the bytes tell nothing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_a: str
+    type_b: str
+    nbytes: int
+    different: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """How two files differ.
 
     Attributes:
         tensors: the tensors that both have, in the first file's order.
+        opaque: those of a type that there is no format for, whose bytes are compared.
         only_a: names that only the first file has.
         only_b: names that only the second file has.
         shapes_differ: names whose shapes differ, which are not compared further.
     """
 
     tensors: list[TensorError]
+    opaque: list[BytesError]
     only_a: list[str]
     only_b: list[str]
     shapes_differ: list[str]
@@ -684,8 +721,11 @@ def compare_files(
 ) -> Comparison:
     """Compares the values of two files' tensors, name by name, in float64.
 
+    Of tensors of types that there is no format for, the bytes are compared.
+
     Args:
-        a: the reference: a GGUF file, a safetensors file, or a folder of such.
+        a: the reference: a GGUF file, any part of a split one, a safetensors file, or a folder of
+            such.
         b: what is compared with it.
         progress: show a bar on stderr; None: if that is a terminal.
 
@@ -704,29 +744,52 @@ def compare_files(
     differ = [n for n in common if first.tensors[n].shape != second.tensors[n].shape]
     same = [name for name in common if name not in differ]
     total = sum(first.tensors[name].nbytes for name in same)
-    errors = []
+    errors: list[TensorError] = []
+    opaque: list[BytesError] = []
     with progress_bar("compare", total, progress) as bar:
         for done, name in enumerate(same, start=1):
-            with _enough_memory("compare", info_of(first.tensors[name])):
-                errors.append(_error(first.tensors[name], second.tensors[name], bar.update))
+            x, y = first.tensors[name], second.tensors[name]
+            with _enough_memory("compare", info_of(x)):
+                if isinstance(x.format, GGUFOpaque) or isinstance(y.format, GGUFOpaque):
+                    opaque.append(_bytes_error(x, y, bar.update))
+                else:
+                    errors.append(_error(x, y, bar.update))
             bar.set_postfix_str(f"{done}/{len(same)} tensors", refresh=False)
     return Comparison(
         errors,
+        opaque,
         [name for name in first.tensors if name not in second.tensors],
         [name for name in second.tensors if name not in first.tensors],
         differ,
     )
 
 
+def _bytes_error(a: GGUFTensor, b: GGUFTensor, update: Callable[[float], Any]) -> BytesError:
+    info, other = info_of(a), info_of(b)
+    different = None
+    if info.type_name == other.type_name:
+        common = min(a.nbytes, b.nbytes)  # of a type of unknown size either may have padding
+        different = max(a.nbytes, b.nbytes) - common
+        for start in range(0, common, _PANEL):
+            stop = min(start + _PANEL, common)
+            part_a, part_b = a.data[start:stop], b.data[start:stop]
+            different += int((part_a != part_b).sum())
+            release(part_a)
+            release(part_b)
+    update(a.nbytes)
+    return BytesError(a.name, a.shape, info.type_name, other.type_name, a.nbytes, different)
+
+
 def _error(a: GGUFTensor, b: GGUFTensor, update: Callable[[float], Any]) -> TensorError:
     info, other = info_of(a), info_of(b)
+    format_a, format_b = _format_of("compare", a), _format_of("compare", b)
     rows_a, rows_b = (t.data.reshape(info.rows, -1) for t in (a, b))
     height = max(1, _PANEL // 8 // max(info.columns, 1))  # float64, and several of them
     squares_a = squares_b = product = error = largest = 0.0
     nonfinite = 0
     for start in range(0, info.rows, height):
         part_a, part_b = rows_a[start : start + height], rows_b[start : start + height]
-        x, y = _doubles(part_a, a.format), _doubles(part_b, b.format)
+        x, y = _doubles(part_a, format_a), _doubles(part_b, format_b)
         if find_not_finite(x) is not None or find_not_finite(y) is not None:
             finite = x.isfinite() & y.isfinite()
             same = (x == y) | (x.isnan() & y.isnan())
@@ -761,6 +824,11 @@ def _error(a: GGUFTensor, b: GGUFTensor, update: Callable[[float], Any]) -> Tens
 def _doubles(rows: Tensor, fmt: Format | None) -> Tensor:
     values = rows if fmt is None else dequantize(rows, fmt)
     return values.to(torch.float64).flatten()
+
+
+def files_of(file: Source) -> list[str]:
+    """The paths of the files that were read."""
+    return list(file.parts) if isinstance(file, GGUFFile) else _files_of(file.path)
 
 
 def architecture_of(file: Source) -> str | None:

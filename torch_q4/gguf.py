@@ -9,7 +9,8 @@ arrays as the bytes that they are: a file costs about as much memory as its meta
 time in proportion, whatever it holds.
 
 What llama.cpp refuses (``gguf_init_from_file`` in ``ggml/src/gguf.cpp``) is refused here, too:
-tensors that overlap or leave gaps, arrays of arrays, names of 64 bytes and more.
+tensors that overlap or leave gaps, arrays of arrays, names of 64 bytes and more. Not so types: a
+tensor of a type that this library has no format for is there as its bytes, :class:`GGUFOpaque`.
 
 The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3, little-endian::
 
@@ -20,7 +21,7 @@ The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3, l
 
 A string is its length as u64, then UTF-8. An array is its element type u32, its length u64, then
 the elements. The data of a tensor begin where those of the tensor before it end, padded to the
-alignment.
+alignment. A model may be split into several such files, ``NAME-00001-of-00003.gguf`` and so on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
+import re
 import reprlib
 import struct
 from array import array
@@ -43,7 +45,7 @@ from torch_q4._files import require_file
 from torch_q4.formats import Format
 from torch_q4.ops import dequantize
 
-__all__ = ["GGUFArray", "GGUFError", "GGUFFile", "GGUFTensor", "load_gguf"]
+__all__ = ["GGUFArray", "GGUFError", "GGUFFile", "GGUFOpaque", "GGUFTensor", "load_gguf"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 had 32-bit counts; none of its files are around
@@ -90,15 +92,25 @@ _PLAIN = {
     28: torch.float64,
     30: torch.bfloat16,
 }
-# Names of every type that ggml gives a number, so that an error can name what it refuses.
-_GGML_TYPE_NAMES = {
-    **dict(enumerate(["F32", "F16", "Q4_0", "Q4_1"])),
-    **dict(enumerate(["Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K"], start=6)),
-    **dict(enumerate(["Q6_K", "Q8_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S"], start=14)),
-    **dict(enumerate(["IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8", "I16", "I32"], start=20)),
-    **dict(enumerate(["I64", "F64", "IQ1_M", "BF16"], start=27)),
-    **{34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0"},
-}
+# ggml's types of blocks: name, elements and bytes of a block. Those that the registry of formats
+# has are tensors with a format; of the others this says how many bytes they take.
+_BLOCKS = {
+    2: ("q4_0", 32, 18), 3: ("q4_1", 32, 20), 6: ("q5_0", 32, 22), 7: ("q5_1", 32, 24),
+    8: ("q8_0", 32, 34), 9: ("q8_1", 32, 40), 10: ("q2_k", 256, 84), 11: ("q3_k", 256, 110),
+    12: ("q4_k", 256, 144), 13: ("q5_k", 256, 176), 14: ("q6_k", 256, 210),
+    15: ("q8_k", 256, 292), 16: ("iq2_xxs", 256, 66), 17: ("iq2_xs", 256, 74),
+    18: ("iq3_xxs", 256, 98), 19: ("iq1_s", 256, 50), 20: ("iq4_nl", 32, 18),
+    21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 23: ("iq4_xs", 256, 136),
+    29: ("iq1_m", 256, 56), 34: ("tq1_0", 256, 54), 35: ("tq2_0", 256, 66),
+    39: ("mxfp4", 32, 17), 40: ("nvfp4", 64, 36), 41: ("q1_0", 128, 18), 42: ("q2_0", 64, 18),
+}  # fmt: skip
+
+# The parts of a model that is split, as llama.cpp names and numbers them.
+_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
+_SPLIT_KEYS = _SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = (
+    "split.no", "split.count", "split.tensors.count",
+)  # fmt: skip
+_MOST_PARTS = (1 << 16) - 1  # split.count is a uint16
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 160
@@ -226,19 +238,51 @@ class GGUFArray(Sequence[Any]):
 
 
 @dataclasses.dataclass(frozen=True)
+class GGUFOpaque:
+    """In place of a tensor's format: a type that this library has no format for.
+
+    The tensor is its bytes. Copying and comparing them works; its values cannot be had.
+
+    Attributes:
+        type_id: the type's number in the file.
+        nbytes: bytes of the tensor. Where :attr:`sized` is false these are all bytes up to the next
+            tensor or the end of the file, so padding may be among them.
+    """
+
+    type_id: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """Name of the type, ggml's in lower case, such as ``"iq1_m"``, or ``"type 999"``."""
+        return _BLOCKS[self.type_id][0] if self.sized else f"type {self.type_id}"
+
+    @property
+    def sized(self) -> bool:
+        """Whether the type is one of ggml's, of which the size is known."""
+        return self.type_id in _BLOCKS
+
+    def __str__(self) -> str:
+        """The type's name and number."""
+        return f"{self.name} (type {self.type_id})" if self.sized else self.name
+
+
+@dataclasses.dataclass(frozen=True)
 class GGUFTensor:
     """One tensor of a GGUF file.
 
     Attributes:
         name: the tensor's name in the file.
-        format: its block format, or None where it holds plain numbers.
+        format: its block format; None where it holds plain numbers; a :class:`GGUFOpaque` where
+            its type is one that this library has no format for.
         shape: its logical shape in torch's order: ``(out_features, in_features)`` for a weight.
         data: a zero-copy view of the mapped file. With a format, uint8
-            ``(*shape[:-1], bytes_per_row)``; else ``shape`` in the stored dtype.
+            ``(*shape[:-1], bytes_per_row)``; plain numbers, ``shape`` in the stored dtype; of an
+            opaque type, all of its bytes, uint8 ``(nbytes,)``.
     """
 
     name: str
-    format: Format | None
+    format: Format | GGUFOpaque | None
     shape: tuple[int, ...]
     data: Tensor = dataclasses.field(repr=False)
 
@@ -247,9 +291,10 @@ class GGUFTensor:
         """The packed blocks, uint8 ``(*shape[:-1], bytes_per_row)``, as a view of the file.
 
         Raises:
-            ValueError: the tensor holds plain numbers; they are in :attr:`data`.
+            ValueError: the tensor holds plain numbers, which are in :attr:`data`; or it is of a
+                type that there is no format for.
         """
-        if self.format is None:
+        if _format_of("GGUFTensor.blocks", self) is None:
             raise ValueError(
                 f"GGUFTensor.blocks: {self.name!r} must have a block format, got {self.dtype}"
             )
@@ -270,10 +315,29 @@ class GGUFTensor:
 
         Returns:
             A new tensor; for plain numbers that are stored as ``dtype``, the view itself.
+
+        Raises:
+            GGUFError: the tensor is of a type that there is no format for.
         """
-        if self.format is None:
-            return self.data.to(dtype)
-        return dequantize(self.data, self.format, dtype)
+        fmt = _format_of("GGUFTensor.dequantize", self)
+        return self.data.to(dtype) if fmt is None else dequantize(self.data, fmt, dtype)
+
+
+def _format_of(op: str, tensor: GGUFTensor, path: str = "") -> Format | None:
+    """The format by which a tensor's values are read; None for plain numbers.
+
+    Raises:
+        GGUFError: the tensor is of a type that there is no format for.
+    """
+    if not isinstance(tensor.format, GGUFOpaque):
+        return tensor.format
+    known = [str(dtype).removeprefix("torch.") for dtype in _PLAIN.values()]
+    known += [fmt.name for fmt in formats.all() if fmt.type_id >= 0]
+    where = f" ({path})" if path else ""
+    raise GGUFError(
+        f"{op}: tensor {tensor.name!r} must be one of {', '.join(known)}, got {tensor.format}"
+        f"{where}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -285,13 +349,15 @@ class GGUFFile:
     Truncating the file while it is mapped makes later reads fail with SIGBUS, as for any map.
 
     Attributes:
-        path: where it was read from.
+        path: where it was read from; of a split file the first part.
         version: GGUF version.
         alignment: bytes to which tensor data is aligned.
         architecture: ``general.architecture``, or None where the file does not say.
         metadata: key to str, int, float, bool or a :class:`GGUFArray` of these, in file order. They
             are the process's own: what becomes of the path does not change them.
-        tensors: name to :class:`GGUFTensor`, in file order.
+        tensors: name to :class:`GGUFTensor`, in file order; of a split file, those of all parts.
+        parts: the paths of all parts of a split file, whose metadata are those of its first part
+            without the keys that tell of the split; of any other file, its path.
     """
 
     path: str
@@ -300,6 +366,7 @@ class GGUFFile:
     architecture: str | None
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    parts: tuple[str, ...]
     # The file up to the end of its keys, as it was read: what a copy of the file gets.
     _keys: bytes
 
@@ -316,18 +383,75 @@ def load_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Maps a GGUF file and reads its metadata; tensor data stays on disk until it is used.
 
     Args:
-        path: a ``.gguf`` file.
+        path: a ``.gguf`` file. Any part of a split file, ``NAME-00001-of-00003.gguf``, opens all of
+            it; the other parts must lie beside it.
 
     Returns:
-        The file's metadata, and its tensors as views of the map.
+        The file's metadata, and its tensors as views of the map. Tensors of any type are there; of
+        those that there is no format for, values cannot be had (:class:`GGUFOpaque`). Such a tensor
+        takes the bytes that ggml's table of types says; of a type that is not in the table, all
+        bytes up to the next tensor's, which must come later, or to the end of the file.
 
     Raises:
         OSError: the file cannot be opened or mapped, or is a device, a FIFO or a folder.
         GGUFError: the file is not GGUF, is damaged or truncated, breaks a rule that llama.cpp
-            holds files to, or holds a tensor of an unknown type. A ``ValueError``; the message has
-            the rule that does not hold, the value and the path.
+            holds files to, or is a part of a split file whose other parts are missing or do not
+            belong to it. A ``ValueError``; the message has the rule that does not hold, the value
+            and the path.
     """
-    name = os.fspath(path)
+    file = _mapped(os.fsdecode(path))
+    count = file.metadata.get(_SPLIT_COUNT, 0)
+    if type(count) is not int or not 0 <= count <= _MOST_PARTS:
+        rule = f"{_SPLIT_COUNT} must be an integer of 0 to {_MOST_PARTS}"
+        raise GGUFError(f"load_gguf: {rule}, got {_shown(count)} ({file.path})")
+    return _joined(file, count) if count > 1 else file
+
+
+def _joined(file: GGUFFile, count: int) -> GGUFFile:
+    """The whole of which a file is one of ``count`` parts."""
+
+    def fail(path: str, rule: str, value: object) -> NoReturn:
+        raise GGUFError(f"load_gguf: {rule}, got {value} ({path})")
+
+    match = _PART.fullmatch(file.path)
+    stem = match[1] if match else ""
+    paths = [f"{stem}-{place:05}-of-{count:05}.gguf" for place in range(1, count + 1)]
+    if file.path not in paths:
+        ends = f"-00001-of-{count:05}.gguf to -{count:05}-of-{count:05}.gguf"
+        rule = f"the name of one of {count} parts must end in {ends}"
+        fail(file.path, rule, _shown(os.path.basename(file.path)))
+    parts: list[GGUFFile] = []
+    tensors: dict[str, GGUFTensor] = {}
+    for place, path in enumerate(paths):
+        if not os.path.exists(path):
+            rule = f"all {count} parts of a split file must be there"
+            fail(file.path, rule, f"no {_shown(os.path.basename(path))}")
+        part = file if path == file.path else _mapped(path)
+        for key, value in ((_SPLIT_NO, place), (_SPLIT_COUNT, count)):
+            found = part.metadata.get(key)
+            if type(found) is not int or found != value:
+                fail(path, f"{key} of part {place + 1} of {count} must be {value}", _shown(found))
+        parts.append(part)
+        twice = part.tensors.keys() & tensors.keys()
+        if twice:
+            fail(path, "a tensor must be in one part", f"{_shown(min(twice))} again")
+        tensors.update(part.tensors)
+    first = parts[0]
+    for part in parts:
+        # Most writers give the architecture to the first part only.
+        if part.architecture not in (None, first.architecture):
+            rule = f"general.architecture must be that of the first part, {first.architecture!r}"
+            fail(part.path, rule, _shown(part.architecture))
+        total = part.metadata.get(_SPLIT_TENSORS, None if part is first else len(tensors))
+        if type(total) is not int or total != len(tensors):
+            rule = f"{_SPLIT_TENSORS} must be {len(tensors)}, as the parts have"
+            fail(part.path, rule, _shown(total))
+    metadata = {key: value for key, value in first.metadata.items() if key not in _SPLIT_KEYS}
+    return dataclasses.replace(first, metadata=metadata, tensors=tensors, parts=tuple(paths))
+
+
+def _mapped(name: str) -> GGUFFile:
+    """One file, be it a whole or a part."""
     require_file(name, "load_gguf")
     with open(name, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -471,16 +595,14 @@ class _Parser:
         architecture = metadata.get("general.architecture")
         if architecture is not None and not isinstance(architecture, str):
             self.fail("general.architecture must be a string", _shown(architecture))
-        parts = metadata.get("split.count", 0)
-        if type(parts) is not int:
-            self.fail("split.count must be an integer", _shown(parts))
         # numpy holds the map, the tensors hold numpy's array: the map goes when the last one does.
         base = torch.from_numpy(np.frombuffer(self.data, dtype=np.uint8))
         tensors = {
             info.name: _view(base, info, start, end)
             for info, (start, end) in zip(infos, places, strict=True)
         }
-        return GGUFFile(self.path, version, alignment, architecture, metadata, tensors, keys)
+        paths = (self.path,)
+        return GGUFFile(self.path, version, alignment, architecture, metadata, tensors, paths, keys)
 
     def header(self) -> tuple[int, int, int]:
         """Version, tensor count, key count."""
@@ -530,12 +652,20 @@ class _Parser:
         """The bytes of the file that hold each tensor: from, to."""
         places = []
         offset = 0
-        for info in infos:
+        for place, info in enumerate(infos):
             self.subject = ("tensor", info.name)
             item, nbytes = self.sizes(info)
             if info.offset != offset:
                 self.fail(f"{{}} must have offset {offset}, where its data are due", info.offset)
             start = data_start + offset
+            if nbytes is None:  # all that there is before the next tensor
+                last = place + 1 == len(infos)
+                end = self.size if last else data_start + infos[place + 1].offset
+                nbytes = end - start
+                if nbytes <= 0:
+                    self.fail(f"{{}} must end above byte {start}", end)
+                if not last and nbytes % alignment:
+                    self.fail(f"{{}} must be padded to {alignment} bytes", nbytes)
             if start + nbytes > self.size:
                 rule = f"{{}} must lie within the file's {self.size} bytes"
                 self.fail(rule, f"bytes {start} to {start + nbytes}")
@@ -545,8 +675,8 @@ class _Parser:
             offset += nbytes + -nbytes % alignment
         return places
 
-    def sizes(self, info: _TensorInfo) -> tuple[int, int]:
-        """Bytes of one number (1 for blocks), and of the tensor."""
+    def sizes(self, info: _TensorInfo) -> tuple[int, int | None]:
+        """Bytes of one number (1 for blocks), and of the tensor: None where not known."""
         elements = 1
         for dim in info.dims:
             elements *= dim
@@ -555,19 +685,15 @@ class _Parser:
         if info.kind in _PLAIN:
             item = _PLAIN[info.kind].itemsize
             return item, elements * item
-        try:
-            fmt = formats.get(info.kind)
-        except ValueError:
-            known = [str(dtype).removeprefix("torch.") for dtype in _PLAIN.values()]
-            known += [fmt.name for fmt in formats.all() if fmt.type_id >= 0]
-            name = _GGML_TYPE_NAMES.get(info.kind, "no type of ggml's")
-            self.fail(f"{{}} must be one of {', '.join(known)}", f"{info.kind} ({name})")
+        fmt = _registered(info.kind)
+        known = (fmt.name, fmt.block_elems, fmt.block_bytes) if fmt else _BLOCKS.get(info.kind)
+        if known is None:
+            return 1, None
+        name, block_elems, block_bytes = known
         columns = info.dims[0] if info.dims else 1
-        if columns % fmt.block_elems:
-            self.fail(
-                f"{{}} must have a multiple of {fmt.block_elems} columns for {fmt.name}", columns
-            )
-        return 1, elements // columns * fmt.row_bytes(columns)
+        if columns % block_elems:
+            self.fail(f"{{}} must have a multiple of {block_elems} columns for {name}", columns)
+        return 1, elements // block_elems * block_bytes
 
 
 def _stored(file: GGUFFile) -> Iterator[tuple[str, int, Any, bytes]]:
@@ -575,6 +701,8 @@ def _stored(file: GGUFFile) -> Iterator[tuple[str, int, Any, bytes]]:
     parser = _Parser(file._keys, file.path)
     parser.pos = _HEADER_BYTES - _U64.size
     for key, kind, value, start in parser.keys(parser.number(_U64)):
+        if len(file.parts) > 1 and key in _SPLIT_KEYS:
+            continue
         if isinstance(value, _ArrayPlace):
             value = GGUFArray(file._keys, value)
         yield key, kind, value, file._keys[start : parser.pos]
@@ -591,10 +719,20 @@ def _shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def _registered(kind: int) -> Format | None:
+    """The format that files have under a type's number, if there is one."""
+    try:
+        return formats.get(kind)
+    except ValueError:
+        return None
+
+
 def _view(base: Tensor, info: _TensorInfo, start: int, end: int) -> GGUFTensor:
     shape = info.dims[::-1]
     data = base[start:end]
     if info.kind in _PLAIN:
         return GGUFTensor(info.name, None, shape, data.view(_PLAIN[info.kind]).view(shape))
-    fmt = formats.get(info.kind)
+    fmt = _registered(info.kind)
+    if fmt is None:
+        return GGUFTensor(info.name, GGUFOpaque(info.kind, end - start), shape, data)
     return GGUFTensor(info.name, fmt, shape, data.view(*shape[:-1], fmt.row_bytes(shape[-1])))

@@ -36,6 +36,7 @@ from torch_q4.gguf import (
     _TYPE_NAMES,
     GGUFArray,
     GGUFFile,
+    GGUFOpaque,
     _is_alignment,
     _shown,
     _stored,
@@ -71,7 +72,8 @@ class GGUFMetadata(MutableMapping[str, Any]):
     chooses one.
 
     Args:
-        source: a :class:`GGUFFile`, another metadata object, or a plain mapping.
+        source: a :class:`GGUFFile`, another metadata object, or a plain mapping. Of a split file
+            the keys that tell of the split are left out.
 
     Raises:
         TypeError: a value of a type that GGUF has none for.
@@ -331,7 +333,9 @@ class GGUFWriter:
         header = self._header()
         # The end of a file without tensors needs no padding, and other writers add none.
         start = self._padded(len(header)) if self.infos else len(header)
-        size = start + sum(self._padded(info.nbytes) for info in self.infos)
+        size = start + sum(
+            info.nbytes + self._padding(place) for place, info in enumerate(self.infos)
+        )
         self._file = AtomicFile(path, size, _OP)
         self._head = header
         self._head_padding = start - len(header)
@@ -345,6 +349,14 @@ class GGUFWriter:
 
     def _padded(self, count: int) -> int:
         return count + -count % self._alignment
+
+    def _padding(self, place: int) -> int:
+        """Bytes of padding after a tensor: none where they would be read as the tensor's own."""
+        info = self.infos[place]
+        is_last = place + 1 == len(self.infos)
+        if is_last and isinstance(info.format, GGUFOpaque) and not info.format.sized:
+            return 0
+        return -info.nbytes % self._alignment
 
     def _header(self) -> bytes:
         parts = [
@@ -414,7 +426,7 @@ class GGUFWriter:
         self._file.write(data)
         self._remaining -= count
         if self._remaining == 0:
-            self._pad(-info.nbytes % self._alignment)
+            self._pad(self._padding(self._next - 1))
         return count
 
     def _pad(self, count: int) -> None:
@@ -439,11 +451,12 @@ def save_gguf(
 
     Args:
         path: the file.
-        tensors: name to tensor, in the order of the file: a :class:`GGUFTensor`; a plain tensor of
-            float32, float16, bfloat16, float64 or int8 to int64; or ``(blocks, format)`` with uint8
-            ``(..., bytes_per_row)``. Any device.
-        metadata: the file's keys. A :class:`GGUFFile` passes its own on, types and order kept; of a
-            plain mapping the types are chosen, see :class:`GGUFMetadata`. ``general.alignment``
+        tensors: name to tensor, in the order of the file: a :class:`GGUFTensor`, of whichever type;
+            a plain tensor of float32, float16, bfloat16, float64 or int8 to int64; or ``(blocks,
+            format)`` with uint8 ``(..., bytes_per_row)``. Any device.
+        metadata: the file's keys. A :class:`GGUFFile` passes its own on, types and order kept, but
+            for those that tell of a split, since one file is written; of a plain mapping the types
+            are chosen, see :class:`GGUFMetadata`. ``general.alignment``
             aligns the data, to 32 bytes if absent.
         on_written: called with each tensor's name and bytes, for progress.
 

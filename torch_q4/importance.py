@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_q4._files import require_file
+from torch_q4._tensors import info_of
 from torch_q4.gguf import GGUFArray, GGUFError, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.nn import QuantLinear
@@ -231,7 +232,8 @@ def _from_gguf(path: str) -> Importance:
             if name.endswith(suffix):
                 if tensor.format is not None or tensor.dtype != torch.float32:
                     raise ValueError(
-                        f"load_importance: {name!r} must be float32, got {tensor.dtype} ({path})"
+                        f"load_importance: {name!r} must be float32, got "
+                        f"{info_of(tensor).type_name} ({path})"
                     )
                 values[name.removesuffix(suffix)] = tensor.data.flatten().clone()
     for name in sorted(sums.keys() ^ counts.keys()):

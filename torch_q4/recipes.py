@@ -18,7 +18,7 @@ import torch
 from torch_q4 import formats
 from torch_q4._tensors import TensorInfo
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFArray
+from torch_q4.gguf import GGUFArray, GGUFOpaque
 
 __all__ = [
     "ARCHITECTURES",
@@ -35,7 +35,7 @@ __all__ = [
 # Those whose rules are tested here. llama.cpp has special cases for others.
 ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3")
 
-Type = Format | torch.dtype
+Type = Format | GGUFOpaque | torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +189,8 @@ def choose(
             gets that format; the first that fits counts.
 
     Returns:
-        Name to format, or to a dtype for what is not quantised: the tensor's own, or float16 where
-        no format suits the number of its columns.
+        Name to format; for what is not quantised the tensor's own type, a dtype or a
+        :class:`GGUFOpaque`; float16 where no format suits the number of columns.
 
     Raises:
         ValueError: an architecture whose rules are not known, or a bad pattern.

@@ -24,7 +24,8 @@ from torch import nn
 
 import torch_q4
 from torch_q4 import _tune, formats
-from torch_q4.gguf import GGUFFile, GGUFTensor
+from torch_q4.convert import compare_files
+from torch_q4.gguf import _BLOCKS, GGUFError, GGUFFile, GGUFOpaque, GGUFTensor
 from torch_q4.importance import load_importance
 
 GGML_FORMATS = [fmt for fmt in formats.all() if fmt.type_id >= 0]
@@ -32,6 +33,12 @@ PLAIN = {
     0: torch.float32, 1: torch.float16, 24: torch.int8, 25: torch.int16, 26: torch.int32,
     27: torch.int64, 28: torch.float64, 30: torch.bfloat16,
 }  # fmt: skip
+# Types that there is no format for: ggml's, with the elements and bytes of a block, and others.
+OPAQUE = {
+    number: sizes for number, (_, *sizes) in _BLOCKS.items()
+    if number not in {fmt.type_id for fmt in GGML_FORMATS}
+}  # fmt: skip
+UNSIZED = (4, 31, 43, 255, 999, 2**31, 2**32 - 2, 2**32 - 1)
 LOADED, REFUSED = "loaded", "refused"
 
 
@@ -55,7 +62,17 @@ def refusal(load: Callable[[], Any], kinds: tuple[type[Exception], ...], *ops: s
 
 
 def read_all(tensor: GGUFTensor) -> int:
-    """Every byte of a tensor, and its values."""
+    """Every byte of a tensor, and its values, if there is a format for them."""
+    if isinstance(tensor.format, GGUFOpaque):
+        words = ""
+        try:
+            tensor.dequantize()
+        except GGUFError as error:
+            words = str(error)
+        assert repr(tensor.name) in words, words
+        assert str(tensor.format) in words, words
+        assert tensor.nbytes == tensor.format.nbytes
+        return int(tensor.data.long().sum())
     values = tensor.dequantize()
     assert values.dtype == torch.float32
     assert tuple(values.shape) == tensor.shape, (values.shape, tensor.shape)
@@ -64,10 +81,21 @@ def read_all(tensor: GGUFTensor) -> int:
     return int(tensor.data.contiguous().view(-1).view(torch.uint8).long().sum())
 
 
-def same_tensors(got: dict[str, GGUFTensor], wanted: dict[str, GGUFTensor]) -> None:
+def same_tensors(
+    got: dict[str, GGUFTensor], wanted: dict[str, GGUFTensor], padding: int = 0
+) -> None:
+    """``padding`` is how many zeros more a tensor may have whose size nobody knows."""
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         other = got[name]
+        if isinstance(tensor.format, GGUFOpaque) and not tensor.format.sized:
+            more = other.data[tensor.nbytes :]
+            assert len(more) <= padding
+            assert not more.any()
+            other = GGUFTensor(
+                name, GGUFOpaque(other.format.type_id, other.nbytes - len(more)), other.shape,
+                other.data[: tensor.nbytes],
+            )  # fmt: skip
         assert (other.format, other.shape, other.dtype) == (
             tensor.format, tensor.shape, tensor.dtype,
         )  # fmt: skip
@@ -116,14 +144,22 @@ FLAWS = (
 )  # fmt: skip
 
 
-def gguf_bytes(rng: random.Random, flaw: str | None, suffixes: tuple[str, ...] = ("",)) -> Numbers:
-    """A GGUF file of random keys and tensors, right but for the flaw."""
+def gguf_bytes(
+    rng: random.Random, flaw: str | None, suffixes: tuple[str, ...] = ("",), *,
+    part: tuple[str, int, list[tuple[bytes, int, Any]]] | None = None,
+) -> Numbers:  # fmt: skip
+    """A GGUF file of random keys and tensors, right but for the flaw.
+
+    ``part`` makes it that of a whole: how its tensors' names begin, their number, and its keys.
+    """
     alignment = rng.choice((None, None, None, 8, 32, 64, 1024))
     keys: list[tuple[bytes, int, Any]] = [
         (f"key.{i}".encode(), rng.choice((*SCALARS, 8, 9, 9)), None)
         for i in range(rng.randrange(6))
     ]
-    if rng.random() < 0.5:
+    if part is not None:
+        keys += part[2]
+    elif rng.random() < 0.5:
         keys.append((b"general.architecture", 8, b"llama"))
     if alignment is not None:
         keys.append((b"general.alignment", 4, alignment))
@@ -142,8 +178,12 @@ def gguf_bytes(rng: random.Random, flaw: str | None, suffixes: tuple[str, ...] =
     rng.shuffle(keys)
 
     tensors: list[list[Any]] = []  # name, dimensions, type, bytes
-    for i in range(rng.randrange(1 if flaw else 0, 5)):
+    stem, count = part[:2] if part is not None else ("blk", rng.randrange(1 if flaw else 0, 5))
+    for i in range(count):
         for suffix in suffixes:
+            if suffix == "" and rng.random() < 0.25:
+                tensors.append([f"{stem}.{i}".encode(), *opaque(rng)])
+                continue
             fmt = rng.choice(GGML_FORMATS) if rng.random() < 0.5 and suffix == "" else None
             rest = [rng.randrange(1, 5) for _ in range(rng.randrange(4 if fmt is None else 3))]
             if fmt is not None:
@@ -158,7 +198,7 @@ def gguf_bytes(rng: random.Random, flaw: str | None, suffixes: tuple[str, ...] =
                 if suffix == ".counts":
                     dims = [1]
                 size = math.prod(dims) * PLAIN[kind].itemsize
-            tensors.append([f"blk.{i}{suffix}".encode(), dims, kind, size])
+            tensors.append([f"{stem}.{i}{suffix}".encode(), dims, kind, size])
     if tensors and flaw in (
         "same tensor",
         "dimensions",
@@ -237,8 +277,20 @@ def gguf_bytes(rng: random.Random, flaw: str | None, suffixes: tuple[str, ...] =
     if tensors:
         out.data += bytes(-len(out.data) % used)
     # Blocks and numbers of any bits, scales that are infinite or NaN among them.
-    out.data += rng.randbytes(offset)
+    padding = -tensors[-1][3] % used if tensors and rng.random() < 0.3 else 0
+    out.data += rng.randbytes(offset - padding)
     return out
+
+
+def opaque(rng: random.Random) -> tuple[list[int], int, int]:
+    """Dimensions, type and bytes of a tensor of a type that there is no format for."""
+    rest = [rng.randrange(1, 4) for _ in range(rng.randrange(4))]
+    if rng.random() < 0.5:
+        return [*rest, rng.randrange(1, 9)], rng.choice(UNSIZED), rng.randrange(1, 300)
+    kind = rng.choice(list(OPAQUE))
+    block_elems, block_bytes = OPAQUE[kind]
+    blocks = rng.randrange(1, 3)
+    return [blocks * block_elems, *rest], kind, blocks * math.prod(rest) * block_bytes
 
 
 def damaged_gguf(rng: random.Random, suffixes: tuple[str, ...] = ("",)) -> tuple[bytes, bool]:
@@ -255,7 +307,7 @@ def damaged_gguf(rng: random.Random, suffixes: tuple[str, ...] = ("",)) -> tuple
     return gguf_bytes(rng, flaw, suffixes).damaged(rng), False
 
 
-def check_gguf(file: GGUFFile, folder: Path) -> None:
+def check_gguf(file: GGUFFile, folder: Path, padding: int = 0) -> None:
     """All of a file that loaded, and that writing it gives a file that holds the same."""
     repr(file)
     places = []
@@ -271,9 +323,14 @@ def check_gguf(file: GGUFFile, folder: Path) -> None:
     second = torch_q4.load_gguf(copies[0])
     assert repr(second.metadata) == repr(file.metadata)  # not `==`: NaN
     assert second.alignment == file.alignment
-    same_tensors(second.tensors, file.tensors)
+    same_tensors(second.tensors, file.tensors, padding)
     torch_q4.save_gguf(copies[1], second.tensors, second)
     assert copies[0].read_bytes() == copies[1].read_bytes()
+    if file.tensors:
+        found = compare_files(*copies, progress=False)
+        assert all(error.max_error == 0 for error in found.tensors)
+        assert all(error.different == 0 for error in found.opaque)
+        assert len(found.tensors) + len(found.opaque) == len(file.tensors)
 
 
 def gguf(rng: random.Random, folder: Path) -> str:
@@ -285,6 +342,73 @@ def gguf(rng: random.Random, folder: Path) -> str:
     if file is None:
         return REFUSED
     check_gguf(file, folder)
+    return LOADED
+
+
+# ---- GGUF in parts -------------------------------------------------------------------------------
+
+# Of the parts, those that are always refused first, and those that may still be right.
+WRONG = ("missing", "swapped", "same tensor", "names")
+MAYBE_WRONG = ("damaged", "no", "count", "tensors.count", "architecture")
+
+
+def split(rng: random.Random, folder: Path) -> str:
+    """A file in parts, opened by any of them; one of the parts damaged, or not that of the file."""
+    whole = folder / "parts"
+    whole.mkdir(exist_ok=True)
+    for path in whole.iterdir():
+        path.unlink()
+    kind = rng.random()
+    flaw = None if kind < 0.3 else rng.choice(WRONG if kind < 0.55 else MAYBE_WRONG)
+    count = rng.choice((2, 2, 3, 5))
+    numbers = [rng.randrange(4) for _ in range(count)]
+    if flaw == "same tensor":
+        numbers = [max(number, 1) for number in numbers]
+    at = rng.randrange(count)
+    # So that no other rule than the one that is broken refuses the parts.
+    total = max(numbers) if flaw == "same tensor" else sum(numbers)
+    parts = []
+    for n in range(count):
+        keys: dict[bytes, tuple[int, Any]] = {
+            b"split.no": (2, n),
+            b"split.count": (2, count),
+            b"split.tensors.count": (5, total),
+        }
+        if n == 0 or flaw in ("architecture", "swapped"):
+            names = (b"llama", b"qwen2") if flaw == "architecture" else (b"llama",)
+            keys[b"general.architecture"] = 8, rng.choice(names)
+        if n == at and flaw in ("no", "count", "tensors.count"):
+            keys[f"split.{flaw}".encode()] = rng.choice((
+                (8, b"1"), (9, None), (5, -1), (10, 2**40), (10, 2**63), (11, -(2**63)), (6, 1.0),
+                (7, True), (4, 0), (4, 1), (4, 2), (2, 65535), (12, math.nan),
+            ))  # fmt: skip
+        stem = "part" if flaw == "same tensor" else f"part.{n}"
+        listed = [(key, *value) for key, value in keys.items()]
+        out = gguf_bytes(rng, None, part=(stem, numbers[n], listed))
+        parts.append(out.damaged(rng) if n == at and flaw == "damaged" else bytes(out.data))
+    if flaw == "swapped":
+        parts[0], parts[-1] = parts[-1], parts[0]
+    named = count + 1 if flaw == "names" else count
+    paths = [whole / f"m-{n + 1:05}-of-{named:05}.gguf" for n in range(count)]
+    for path, data in zip(paths, parts, strict=True):
+        path.write_bytes(data)
+    if flaw == "missing":
+        paths[at].unlink()
+    path = rng.choice(paths)
+    file = refusal(lambda: torch_q4.load_gguf(path), (OSError, ValueError), "load_gguf")
+    if file is None:
+        assert flaw is not None, "parts without a flaw are refused"
+        return REFUSED
+    assert flaw not in WRONG, f"parts are not refused: {flaw}"
+    if len(file.parts) > 1:
+        assert [*map(str, paths)] == list(file.parts)
+        assert len(file.tensors) == sum(numbers) or flaw == "damaged"
+        assert not any(key.startswith("split.") for key in file.metadata)
+        for other in paths:
+            again = torch_q4.load_gguf(other)
+            assert repr(again.metadata) == repr(file.metadata)
+            same_tensors(again.tensors, file.tensors)
+    check_gguf(file, folder, file.alignment)
     return LOADED
 
 
@@ -619,6 +743,7 @@ def pretrained(rng: random.Random, folder: Path) -> str:
 
 FUZZERS = {
     "gguf": gguf,
+    "split": split,
     "imatrix_gguf": imatrix_gguf,
     "imatrix_dat": imatrix_dat,
     "safetensors": safetensors,

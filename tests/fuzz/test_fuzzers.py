@@ -32,6 +32,7 @@ def fuzz(module: str, fuzzer: str, short: int, long: int, *, is_long: bool, **op
     ("reader", "short", "count", "shares"),
     [
         ("gguf", 600, 20_000, {"loaded": 0.2, "refused": 0.4}),
+        ("split", 200, 3000, {"loaded": 0.25, "refused": 0.25}),
         ("imatrix_gguf", 100, 3000, {"loaded": 0.1, "refused": 0.4}),
         ("imatrix_dat", 100, 3000, {"loaded": 0.2, "refused": 0.3}),
         ("safetensors", 150, 3000, {"loaded": 0.2, "refused": 0.4}),

@@ -38,7 +38,7 @@ from torch_q4.checkpoint import (
     save_checkpoint,
 )
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFFile, _shown, load_gguf
+from torch_q4.gguf import GGUFFile, GGUFOpaque, _shown, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, GGUFWriter
 from torch_q4.integrations.transformers import (
     _ARCHITECTURES,
@@ -369,6 +369,7 @@ def _state_types(metadata: GGUFMetadata, infos: list[TensorInfo], like: GGUFFile
         return
     sizes: Counter[Format | torch.dtype] = Counter()
     for info in infos:
+        assert not isinstance(info.format, GGUFOpaque)  # a model has no such layer
         if len(info.shape) > 1:
             sizes[info.format or info.dtype] += info.elements
     main = sizes.most_common(1)[0][0]

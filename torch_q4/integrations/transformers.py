@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_q4.formats import Format
-from torch_q4.gguf import GGUFArray, GGUFFile, GGUFTensor, _shown, load_gguf
+from torch_q4.gguf import GGUFArray, GGUFFile, GGUFTensor, _format_of, _shown, load_gguf
 from torch_q4.gguf_write import GGUFMetadata, save_gguf
 from torch_q4.nn import QuantEmbedding, QuantLinear, ScaledQuantEmbedding, pack_
 
@@ -503,7 +503,8 @@ def load_gguf_model(
     no memory of its own for them. A tied output layer shares the embedding's parameter.
 
     Args:
-        path: a ``.gguf`` file of one of the architectures gemma3, llama, qwen2, qwen3.
+        path: a ``.gguf`` file, or any part of a split one, of one of the architectures gemma3,
+            llama, qwen2, qwen3.
         dtype: the dtype of activations and of what is not packed: float32, bfloat16 or float16
             (not for gemma3, whose activations exceed its range).
         device: where the model shall be.
@@ -521,7 +522,8 @@ def load_gguf_model(
         OSError: the file cannot be opened.
         GGUFError: it is no readable GGUF file, see :func:`torch_q4.load_gguf`.
         ValueError: an architecture that is not supported, metadata that is missing or wrong, or
-            tensors that are missing, unknown or of a wrong shape.
+            tensors that are missing, unknown, of a wrong shape, or of a type that there is no
+            format for.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{_OP}: dtype must be float32, float16 or bfloat16, got {dtype}")
@@ -709,6 +711,8 @@ class _Loader:
             shape = self.file.tensors[name].shape
             if shape != tuple(parameter.shape):
                 self.refuse(f"tensor {name!r} must have shape {tuple(parameter.shape)}", shape)
+        for tensor in self.file.tensors.values():  # of which the model needs all
+            _format_of(_OP, tensor, self.file.path)
 
     def refuse(self, rule: str, value: object) -> NoReturn:
         raise ValueError(f"{_OP}: {rule}, got {value} ({self.file.path})")
@@ -716,6 +720,7 @@ class _Loader:
     def load_module(self, name: str) -> None:
         module = self.model.get_submodule(name)
         weight = self.file.tensors[self.file_name(f"{name}.weight")]
+        fmt = _format_of(_OP, weight)
         values = self.reordered(name, self.read(weight))
         bias: nn.Parameter | None = None
         if getattr(module, "bias", None) is not None:
@@ -723,15 +728,15 @@ class _Loader:
             self.read(stored)
             bias = self.plain(self.reordered(name, stored.dequantize(torch.float32)))
 
-        if weight.format is not None and isinstance(module, nn.Linear):
+        if fmt is not None and isinstance(module, nn.Linear):
             blocks = values.to(self.device)
-            packed = QuantLinear.from_blocks(blocks, weight.format, bias, compute=self.compute)
+            packed = QuantLinear.from_blocks(blocks, fmt, bias, compute=self.compute)
             self.model.set_submodule(name, packed)
-        elif weight.format is not None and isinstance(module, nn.Embedding):
-            self.model.set_submodule(name, self.embedding(values, weight.format, module))
+        elif fmt is not None and isinstance(module, nn.Embedding):
+            self.model.set_submodule(name, self.embedding(values, fmt, module))
         else:
             # A norm, or a layer that the file's author left in floating point.
-            if weight.format is not None:
+            if fmt is not None:
                 values = weight.dequantize()
             offset = self.architecture.norm_offset
             if offset and not isinstance(module, (nn.Linear, nn.Embedding)):
