@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
+import quantize_cases
 import torch
 from conftest import dense64, golden
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_q4
+
+TESTS = Path(__file__).parent
 
 
 def test_matches_golden(ggml_fmt) -> None:
@@ -21,6 +32,53 @@ def test_matches_golden_with_importance(ggml_fmt) -> None:
     importance = torch.from_numpy(golden()["imatrix"])
     wanted = torch.from_numpy(golden()[f"{ggml_fmt.name}_imatrix_blocks"])
     assert torch.equal(torch_q4.quantize(x, ggml_fmt, importance), wanted)
+
+
+def blocks_of_cases(isa: str, path: Path) -> dict[Any, torch.Tensor]:
+    """The blocks of all of quantize_cases, made by one instruction set's quantisers."""
+    done = subprocess.run(
+        [sys.executable, TESTS / "quantize_cases.py", path], capture_output=True, text=True,
+        env=dict(os.environ, TORCH_Q4_CPU_ISA=isa),
+    )  # fmt: skip
+    if "this CPU must have the instruction set" in done.stderr:
+        pytest.skip(f"this CPU lacks {isa}")
+    assert done.returncode == 0, done.stderr
+    used, blocks = torch.load(path)
+    assert used == isa
+    return dict(blocks)
+
+
+@pytest.fixture(scope="module")
+def row_by_row(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, torch.Tensor]:
+    """What the formats' quantize_row makes of all cases: generic has no other form."""
+    return blocks_of_cases("generic", tmp_path_factory.mktemp("quantize") / "generic")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "amx"])
+def test_every_instruction_set_makes_the_same_bytes(row_by_row, isa, tmp_path) -> None:
+    for case, blocks in blocks_of_cases(isa, tmp_path / isa).items():
+        differ = (blocks != row_by_row[case]).any(1)
+        assert not differ.any(), f"{case}: rows {differ.nonzero().flatten().tolist()}"
+
+
+def test_matches_the_ggml_that_is_installed(ggml_fmt) -> None:
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        pytest.skip("llama-cpp-python is not installed")
+    library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libggml-base.so"))
+    function = getattr(library, f"quantize_{ggml_fmt.name.replace('_k', '_K')}")
+    function.restype = ctypes.c_size_t
+    for kind, x in quantize_cases.rows().items():
+        for name, importance in quantize_cases.importances(x.shape[1]).items():
+            wanted = torch.empty(x.shape[0], ggml_fmt.row_bytes(x.shape[1]), dtype=torch.uint8)
+            function(
+                ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(wanted.data_ptr()),
+                ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]),
+                ctypes.c_void_p(None if importance is None else importance.data_ptr()),
+            )  # fmt: skip
+            differ = (torch_q4.quantize(x, ggml_fmt, importance) != wanted).any(1)
+            assert not differ.any(), f"{kind}, importance {name}: {int(differ.sum())} rows"
 
 
 # The error that each format's number of bits allows on normally distributed weights, as mean
@@ -61,7 +119,7 @@ def test_quantize_is_idempotent_on_exact_values() -> None:
 
 
 def test_half_inputs_are_widened_first(fmt, dtype) -> None:
-    w = torch.randn(3, 512).to(dtype)
+    w = torch.randn(150, 512).to(dtype)  # more than are widened at a time
     assert torch.equal(torch_q4.quantize(w, fmt), torch_q4.quantize(w.float(), fmt))
 
 
@@ -74,6 +132,16 @@ def test_shapes_and_strides(fmt) -> None:
     assert torch.equal(torch_q4.quantize(w[0, 0], fmt), blocks[0, 0])
     assert torch_q4.quantize(w[:0], fmt).shape == (0, 3, fmt.row_bytes(512))
     assert torch_q4.quantize(w[..., :0], fmt).shape == (2, 3, 0)
+
+
+def test_rows_do_not_depend_on_their_neighbours(fmt) -> None:
+    # Vectors take several blocks at a time: one row fills them otherwise than many do.
+    importance = torch.rand(3 * fmt.block_elems) + 0.1
+    w = torch.randn(37, 3 * fmt.block_elems) * torch.logspace(-3, 3, 37)[:, None]
+    for weights in (None, importance):
+        alone = torch.stack([torch_q4.quantize(row, fmt, weights) for row in w])
+        for rows in (1, 2, 5, 16, 17, 37):
+            assert torch.equal(torch_q4.quantize(w[:rows], fmt, weights), alone[:rows])
 
 
 def test_threads_do_not_change_bytes(fmt) -> None:

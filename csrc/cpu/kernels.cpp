@@ -82,8 +82,12 @@ const Kernels& choose() {
 }
 
 template <class Format>
-void quantize_row(const float* x, const float* importance, void* blocks, int64_t n) {
-  Format::quantize_row(x, importance, static_cast<typename Format::Block*>(blocks), n);
+void quantize_row_by_row(const float* x, const float* importance, void* blocks, int64_t rows,
+                         int64_t n) {
+  auto* to = static_cast<typename Format::Block*>(blocks);
+  for (int64_t row = 0; row < rows; ++row) {
+    Format::quantize_row(x + row * n, importance, to + row * (n / Format::kBlockElems), n);
+  }
 }
 
 }  // namespace
@@ -93,10 +97,14 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const QuantizeRow kQuantizeRow[kFormatCount] = {
-#define TORCH_Q4_ENTRY(Format) quantize_row<Format>,
-    TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)
+QuantizeRows quantizer(int format) {
+  static constexpr QuantizeRows kRowByRow[] = {
+#define TORCH_Q4_ENTRY(Format) quantize_row_by_row<Format>,
+      TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)
 #undef TORCH_Q4_ENTRY
-};
+  };
+  const QuantizeRows by_lanes = kernels().formats[format].quantize_rows;
+  return by_lanes == nullptr ? kRowByRow[format] : by_lanes;
+}
 
 }  // namespace torch_q4::cpu

@@ -55,6 +55,10 @@ struct LinearArgs {
   bool huge;  // linear_exact: whether prepare_exact found x to be so
 };
 
+// rows of n floats to blocks; importance is null or n weights, for each of the rows.
+using QuantizeRows = void (*)(const float* x, const float* importance, void* blocks, int64_t rows,
+                              int64_t n);
+
 struct FormatKernels {
   // elems values, a whole number of canonical blocks, to float32; bit for bit ggml's.
   void (*dequantize)(const void* blocks, int64_t elems, float* out);
@@ -77,6 +81,9 @@ struct FormatKernels {
   // [k_begin, k_end) of a row, k_begin a multiple of 256. Overwrites its part of grad_x (m, k).
   void (*linear_transposed)(const float* grad, const Weight& weight, int64_t m_begin, int64_t m_end,
                             int64_t k_begin, int64_t k_end, float* grad_x);
+  // As many blocks at a time as vectors have lanes. Null where the format or the instruction set
+  // has no such form; quantizer() below always has one.
+  QuantizeRows quantize_rows;
 };
 
 // Exact products by the matrix instructions that some CPUs have.
@@ -114,8 +121,7 @@ extern const Kernels kAmxKernels;
 // one that this CPU lacks. Decided at the first call.
 const Kernels& kernels();
 
-// Quantisers are compiled once, without vector extensions: their bytes must not depend on the CPU.
-using QuantizeRow = void (*)(const float* x, const float* importance, void* blocks, int64_t n);
-extern const QuantizeRow kQuantizeRow[kFormatCount];
+// The fastest quantiser of a format. The bytes are those of Format::quantize_row on every CPU.
+QuantizeRows quantizer(int format);
 
 }  // namespace torch_q4::cpu

@@ -27,6 +27,7 @@ using torch_q4::cpu::kInt8Sums;
 using torch_q4::cpu::kInt8Words;
 using torch_q4::cpu::kTileElems;
 using torch_q4::cpu::LinearArgs;
+using torch_q4::cpu::QuantizeRows;
 using torch_q4::cpu::Weight;
 
 namespace {
@@ -813,6 +814,9 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
 }  // namespace
 }  // namespace TORCH_Q4_NAMESPACE
 
+#if defined(TORCH_Q4_HOST_AVX2)
+#include "quantizers.h"
+#endif
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #endif
@@ -820,12 +824,17 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
 namespace TORCH_Q4_NAMESPACE {
 namespace {
 
+#if !defined(TORCH_Q4_HOST_AVX2)
+template <class Format>
+constexpr QuantizeRows kQuantizeRows = nullptr;
+#endif
+
 template <class Format>
 constexpr FormatKernels format_kernels() {
-  return {dequantize<Format>,       dequantize_row<Format>,  repack<Format, true>,
-          repack<Format, false>,    dequantize_rows<Format>, prepare_exact<Format>,
-          prepare_int8<Format>,     linear_exact<Format>,    linear_int8<Format>,
-          linear_transposed<Format>};
+  return {dequantize<Format>,        dequantize_row<Format>,  repack<Format, true>,
+          repack<Format, false>,     dequantize_rows<Format>, prepare_exact<Format>,
+          prepare_int8<Format>,      linear_exact<Format>,    linear_int8<Format>,
+          linear_transposed<Format>, kQuantizeRows<Format>};
 }
 
 constexpr Kernels kernel_table(const char* isa) {

@@ -18,16 +18,20 @@ Tensor quantize(const Tensor& w, int64_t format_id, std::optional<Tensor> import
   const ScalarType dtype = source.scalar_type();
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(blocks.mutable_data_ptr());
-  const QuantizeRow quantize_row = kQuantizeRow[format.index];
+  const QuantizeRows quantize_rows = quantizer(format.index);
   parallel_for(0, rows, columns * kQuantizeWork, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(dtype == ScalarType::Float ? 0 : columns);
-    for (int64_t i = begin; i < end; ++i) {
-      const float* x = reinterpret_cast<const float*>(from) + i * columns;
-      if (!row.empty()) {
-        to_float(from + i * columns * 2, dtype, row.data(), columns);
-        x = row.data();
-      }
-      quantize_row(x, weight, to + i * row_bytes, columns);
+    if (dtype == ScalarType::Float) {
+      const float* x = reinterpret_cast<const float*>(from) + begin * columns;
+      return quantize_rows(x, weight, to + begin * row_bytes, end - begin, columns);
+    }
+    // As many rows at a time as fill the quantiser's lanes and stay in L2.
+    constexpr int64_t kSomeElems = 1 << 16;
+    const int64_t step = std::clamp<int64_t>(kSomeElems / columns, 1, end - begin);
+    std::vector<float> x(step * columns);
+    for (int64_t i = begin; i < end; i += step) {
+      const int64_t count = std::min(step, end - i);
+      to_float(from + i * columns * 2, dtype, x.data(), count * columns);
+      quantize_rows(x.data(), weight, to + i * row_bytes, count, columns);
     }
   });
   return blocks;

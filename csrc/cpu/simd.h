@@ -113,6 +113,66 @@ inline void transpose_words(const Bytes* in, uint8_t* out) {
   _mm512_store_si512(out + 192, _mm512_unpackhi_epi64(high01, high23));
 }
 
+// ---- for the quantisers (quantizers.h)
+
+using Mask = __mmask16;
+inline bool any(Mask mask) { return mask != 0; }
+inline Mask both(Mask a, Mask b) { return a & b; }
+inline Mask less(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline Mask less_equal(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+inline Mask equal(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline Mask not_equal(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
+inline VecF select(Mask mask, VecF a, VecF b) { return _mm512_mask_blend_ps(mask, b, a); }
+inline VecF lesser(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+inline VecF greater(VecF a, VecF b) { return _mm512_max_ps(a, b); }
+inline VecF square_root(VecF a) { return _mm512_sqrt_ps(a); }
+inline VecF magnitude(VecF a) { return _mm512_abs_ps(a); }
+inline VecF with_sign_of(VecF a, VecF sign) {
+  const __m512 bit = _mm512_set1_ps(-0.0f);
+  return _mm512_or_ps(_mm512_andnot_ps(bit, a), _mm512_and_ps(bit, sign));
+}
+inline VecI truncate(VecF a) { return _mm512_cvttps_epi32(a); }
+inline VecF with_fraction_bits_of(VecF a, VecF b) {
+  constexpr int kChoice = 0xCA;  // of three bits: the second where the first is set, else the third
+  const __m512i fraction = _mm512_set1_epi32(0x7FFFFF);
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(fraction, _mm512_castps_si512(b), _mm512_castps_si512(a), kChoice));
+}
+inline VecI low_bytes(VecI a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xFF)); }
+inline VecI signed_low_bytes(VecI a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }
+inline VecI bytes_to_words(VecI a, VecI b, VecI c, VecI d) {
+  const __m512i low = _mm512_or_si512(low_bytes(a), _mm512_slli_epi32(low_bytes(b), 8));
+  const __m512i high =
+      _mm512_or_si512(_mm512_slli_epi32(low_bytes(c), 16), _mm512_slli_epi32(d, 24));
+  return _mm512_or_si512(low, high);
+}
+
+// In each 16 bytes of four vectors: column i of the four rows to vector i.
+inline void transpose_4x4(VecF* v) {
+  const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
+  const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+  const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+  const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+  v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+  v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+  v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+  v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+}
+// Vector i: four floats from each of the addresses i, i + 4, i + 8 and i + 12.
+inline VecF load_fours(const float* const* from, int64_t at) {
+  __m512 value = _mm512_castps128_ps512(_mm_loadu_ps(from[0] + at));
+  value = _mm512_insertf32x4(value, _mm_loadu_ps(from[4] + at), 1);
+  value = _mm512_insertf32x4(value, _mm_loadu_ps(from[8] + at), 2);
+  return _mm512_insertf32x4(value, _mm_loadu_ps(from[12] + at), 3);
+}
+inline void store_fours(VecF value, uint8_t* to, int64_t stride) {
+  _mm_storeu_ps(reinterpret_cast<float*>(to), _mm512_castps512_ps128(value));
+  _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * stride), _mm512_extractf32x4_ps(value, 1));
+  _mm_storeu_ps(reinterpret_cast<float*>(to + 8 * stride), _mm512_extractf32x4_ps(value, 2));
+  _mm_storeu_ps(reinterpret_cast<float*>(to + 12 * stride), _mm512_extractf32x4_ps(value, 3));
+}
+inline VecF as_floats(VecI words) { return _mm512_castsi512_ps(words); }
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -210,6 +270,60 @@ inline void transpose_words(const Bytes* in, uint8_t* out) {
     _mm256_store_si256(to + 6, _mm256_unpackhi_epi64(high01, high23));
   }
 }
+
+// ---- for the quantisers (quantizers.h)
+
+using Mask = __m256;
+inline bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
+inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+inline Mask less(VecF a, VecF b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+inline Mask less_equal(VecF a, VecF b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+inline Mask equal(VecF a, VecF b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask not_equal(VecF a, VecF b) { return _mm256_cmp_ps(a, b, _CMP_NEQ_UQ); }
+inline VecF select(Mask mask, VecF a, VecF b) { return _mm256_blendv_ps(b, a, mask); }
+inline VecF lesser(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+inline VecF greater(VecF a, VecF b) { return _mm256_max_ps(a, b); }
+inline VecF square_root(VecF a) { return _mm256_sqrt_ps(a); }
+inline VecF magnitude(VecF a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline VecF with_sign_of(VecF a, VecF sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return _mm256_or_ps(_mm256_andnot_ps(bit, a), _mm256_and_ps(bit, sign));
+}
+inline VecI truncate(VecF a) { return _mm256_cvttps_epi32(a); }
+inline VecF with_fraction_bits_of(VecF a, VecF b) {
+  const __m256 fraction = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFF));
+  return _mm256_or_ps(_mm256_andnot_ps(fraction, a), _mm256_and_ps(fraction, b));
+}
+inline VecI low_bytes(VecI a) { return _mm256_and_si256(a, _mm256_set1_epi32(0xFF)); }
+inline VecI signed_low_bytes(VecI a) { return _mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24); }
+inline VecI bytes_to_words(VecI a, VecI b, VecI c, VecI d) {
+  const __m256i low = _mm256_or_si256(low_bytes(a), _mm256_slli_epi32(low_bytes(b), 8));
+  const __m256i high =
+      _mm256_or_si256(_mm256_slli_epi32(low_bytes(c), 16), _mm256_slli_epi32(d, 24));
+  return _mm256_or_si256(low, high);
+}
+
+// In each 16 bytes of four vectors: column i of the four rows to vector i.
+inline void transpose_4x4(VecF* v) {
+  const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
+  const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
+  const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
+  const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
+  v[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+  v[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+  v[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+  v[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+}
+// Vector i: four floats from each of the addresses i and i + 4.
+inline VecF load_fours(const float* const* from, int64_t at) {
+  const __m256 value = _mm256_castps128_ps256(_mm_loadu_ps(from[0] + at));
+  return _mm256_insertf128_ps(value, _mm_loadu_ps(from[4] + at), 1);
+}
+inline void store_fours(VecF value, uint8_t* to, int64_t stride) {
+  _mm_storeu_ps(reinterpret_cast<float*>(to), _mm256_castps256_ps128(value));
+  _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * stride), _mm256_extractf128_ps(value, 1));
+}
+inline VecF as_floats(VecI words) { return _mm256_castsi256_ps(words); }
 
 #else  // any other CPU: the compiler's own vectors, four lanes
 

@@ -19,7 +19,7 @@ namespace torch_q4::cpu {
 // Work is counted in products of a weight and an activation. With AVX-512 a thread makes about 13
 // of them a nanosecond. What other loops do is counted as so many products an element.
 constexpr double kNanosecondsOfWork = 0.08;
-constexpr int64_t kConvertWork = 4, kDecodeWork = 8, kQuantizeWork = 512;
+constexpr int64_t kConvertWork = 4, kDecodeWork = 8, kQuantizeWork = 128;
 
 // The least work that is worth a thread of its own: about ten microseconds.
 constexpr int64_t kThreadWork = 1 << 17;

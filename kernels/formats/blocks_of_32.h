@@ -6,40 +6,44 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-// Calls store(b, scale, codes) for each block of element = scale * (code - kHalf).
-template <int kHalf, typename Store>
-void quantize_symmetric(const float* x, const float* importance, int64_t n, const Store& store) {
+// Rows of element = scale * (code - kOffset).
+template <class Format>
+void quantize_symmetric(const float* x, const float* importance, typename Format::Block* blocks,
+                        int64_t n) {
+  constexpr int kHalf = Format::kOffset;
   const float variance = importance == nullptr ? 0 : sum_squares(x, n) / n;
   for (int64_t b = 0; b < n / 32; ++b) {
     const float* block = x + 32 * b;
     uint8_t codes[32];
     if (importance == nullptr) {
       const float scale = scale_by_extreme<32, kHalf>(block, codes);
-      store(b, scale, codes);
+      Format::pack(codes, scale, blocks[b]);
     } else {
       float weights[32];
       weigh_by_importance<32>(block, importance + 32 * b, variance, weights);
       const float scale = fit_symmetric<32, kHalf>(block, weights, codes);
-      store(b, scale, codes);
+      Format::pack(codes, scale, blocks[b]);
     }
   }
 }
 
-// Calls store(b, fit, codes) for each block of element = fit.scale * code + fit.min.
-template <int kMaxCode, typename Store>
-void quantize_with_min(const float* x, const float* importance, int64_t n, const Store& store) {
+// Rows of element = scale * code + min.
+template <class Format>
+void quantize_with_min(const float* x, const float* importance, typename Format::Block* blocks,
+                       int64_t n) {
+  constexpr int kMaxCode = (1 << Format::kCodeBits) - 1;
   const float variance = importance == nullptr ? 0 : sum_squares(x, n) / n;
   for (int64_t b = 0; b < n / 32; ++b) {
     const float* block = x + 32 * b;
     uint8_t codes[32];
     if (importance == nullptr) {
       const ScaleAndMin fit = scale_by_range<32, kMaxCode>(block, codes);
-      store(b, fit, codes);
+      Format::pack(codes, fit.scale, fit.min, blocks[b]);
     } else {
       float weights[32];
       weigh_by_importance<32>(block, importance + 32 * b, variance, weights);
       const ScaleAndMin fit = fit_with_min<32, kMaxCode>(block, weights, kImportanceGrid, codes);
-      store(b, fit, codes);
+      Format::pack(codes, fit.scale, fit.min, blocks[b]);
     }
   }
 }

@@ -104,13 +104,15 @@ struct Q2_K {
     }
   }
 
+  static void pack(const uint8_t* codes, Block& block) { pack_2bit(codes, block.qs); }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];
       uint8_t codes[256];
       fit_block_with_mins<Search>(x + start, importance ? importance + start : nullptr, block,
                                   codes);
-      pack_2bit(codes, block.qs);
+      pack(codes, block);
     }
   }
 };

@@ -87,6 +87,14 @@ struct Q3_K {
     }
   }
 
+  static void pack(const uint8_t* codes, Block& block) {
+    pack_2bit(codes, block.qs);
+    for (int i = 0; i < 32; ++i) {
+      block.hmask[i] = 0;
+      for (int b = 0; b < 8; ++b) block.hmask[i] |= codes[32 * b + i] >> 2 << b;
+    }
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];
@@ -100,11 +108,7 @@ struct Q3_K {
         const float scale = half_to_float(block.d) * (group_scale[g] - 32);
         recode_symmetric<16, 4>(x + start + 16 * g, scale, codes + 16 * g);
       }
-      pack_2bit(codes, block.qs);
-      for (int i = 0; i < 32; ++i) {
-        block.hmask[i] = 0;
-        for (int b = 0; b < 8; ++b) block.hmask[i] |= codes[32 * b + i] >> 2 << b;
-      }
+      pack(codes, block);
     }
   }
 

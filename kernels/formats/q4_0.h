@@ -47,12 +47,13 @@ struct Q4_0 {
     scales[0] = row.template half<1>();
   }
 
+  static void pack(const uint8_t* codes, float scale, Block& block) {
+    block.d = float_to_half(scale);
+    pack_nibbles(codes, block.qs);
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
-    const auto store = [&](int64_t b, float scale, const uint8_t* codes) {
-      blocks[b].d = float_to_half(scale);
-      pack_nibbles(codes, blocks[b].qs);
-    };
-    quantize_symmetric<8>(x, importance, n, store);
+    quantize_symmetric<Q4_0>(x, importance, blocks, n);
   }
 };
 

@@ -56,12 +56,13 @@ struct Q4_0_F32 {
     scales[0] = bits_to_float(row.template word<1>());
   }
 
+  static void pack(const uint8_t* codes, float scale, Block& block) {
+    block.d = scale;
+    for (int i = 0; i < 16; ++i) block.qs[i] = codes[2 * i] | codes[2 * i + 1] << 4;
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
-    const auto store = [&](int64_t b, float scale, const uint8_t* codes) {
-      blocks[b].d = scale;
-      for (int i = 0; i < 16; ++i) blocks[b].qs[i] = codes[2 * i] | codes[2 * i + 1] << 4;
-    };
-    quantize_symmetric<8>(x, importance, n, store);
+    quantize_symmetric<Q4_0_F32>(x, importance, blocks, n);
   }
 };
 

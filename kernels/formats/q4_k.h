@@ -81,17 +81,21 @@ struct Q4_K {
                     row.template half<11>(), row.template half<12>(), part, scales, shifts);
   }
 
+  static void pack(const uint8_t* codes, Block& block) {
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint8_t* in = codes + 64 * pair;
+      uint8_t* qs = block.qs + 32 * pair;
+      for (int i = 0; i < 32; ++i) qs[i] = in[i] | in[i + 32] << 4;
+    }
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];
       uint8_t codes[256];
       fit_block_with_mins<Search>(x + start, importance ? importance + start : nullptr, block,
                                   codes);
-      for (int pair = 0; pair < 4; ++pair) {
-        const uint8_t* in = codes + 64 * pair;
-        uint8_t* qs = block.qs + 32 * pair;
-        for (int i = 0; i < 32; ++i) qs[i] = in[i] | in[i + 32] << 4;
-      }
+      pack(codes, block);
     }
   }
 };

@@ -49,12 +49,13 @@ struct Q5_0 {
     scales[0] = row.template half<3>();
   }
 
+  static void pack(const uint8_t* codes, float scale, Block& block) {
+    block.d = float_to_half(scale);
+    pack_5bit(codes, block.qh, block.qs);
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
-    const auto store = [&](int64_t b, float scale, const uint8_t* codes) {
-      blocks[b].d = float_to_half(scale);
-      pack_5bit(codes, blocks[b].qh, blocks[b].qs);
-    };
-    quantize_symmetric<16>(x, importance, n, store);
+    quantize_symmetric<Q5_0>(x, importance, blocks, n);
   }
 };
 

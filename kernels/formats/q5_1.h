@@ -53,13 +53,14 @@ struct Q5_1 {
     shifts[0] = row.template half<4>();
   }
 
+  static void pack(const uint8_t* codes, float scale, float min, Block& block) {
+    block.d = float_to_half(scale);
+    block.m = float_to_half(min);
+    pack_5bit(codes, block.qh, block.qs);
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
-    const auto store = [&](int64_t b, const ScaleAndMin& fit, const uint8_t* codes) {
-      blocks[b].d = float_to_half(fit.scale);
-      blocks[b].m = float_to_half(fit.min);
-      pack_5bit(codes, blocks[b].qh, blocks[b].qs);
-    };
-    quantize_with_min<31>(x, importance, n, store);
+    quantize_with_min<Q5_1>(x, importance, blocks, n);
   }
 };
 

@@ -96,21 +96,25 @@ struct Q5_K {
                     row.template half<13>(), row.template half<14>(), part, scales, shifts);
   }
 
+  static void pack(const uint8_t* codes, Block& block) {
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint8_t* in = codes + 64 * pair;
+      uint8_t* qs = block.qs + 32 * pair;
+      for (int i = 0; i < 32; ++i) qs[i] = (in[i] & 0xF) | (in[i + 32] & 0xF) << 4;
+    }
+    for (int i = 0; i < 32; ++i) {
+      block.qh[i] = 0;
+      for (int g = 0; g < 8; ++g) block.qh[i] |= codes[32 * g + i] >> 4 << g;
+    }
+  }
+
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];
       uint8_t codes[256];
       fit_block_with_mins<Search>(x + start, importance ? importance + start : nullptr, block,
                                   codes);
-      for (int pair = 0; pair < 4; ++pair) {
-        const uint8_t* in = codes + 64 * pair;
-        uint8_t* qs = block.qs + 32 * pair;
-        for (int i = 0; i < 32; ++i) qs[i] = (in[i] & 0xF) | (in[i + 32] & 0xF) << 4;
-      }
-      for (int i = 0; i < 32; ++i) {
-        block.qh[i] = 0;
-        for (int g = 0; g < 8; ++g) block.qh[i] |= codes[32 * g + i] >> 4 << g;
-      }
+      pack(codes, block);
     }
   }
 };

@@ -42,7 +42,6 @@ struct Q6_K {
     }
   }
 
-  // Importance replaces the squares of the elements as weights, as it is.
   static constexpr Chunk kChunks[] = {
       {0, 16},   {16, 16},  {32, 16},  {48, 16}, {64, 16}, {80, 16}, {96, 16}, {112, 16}, {128, 16},
       {144, 16}, {160, 16}, {176, 16}, {192, 4}, {196, 4}, {200, 4}, {204, 4}, {208, 2}};
@@ -81,6 +80,20 @@ struct Q6_K {
     }
   }
 
+  static void pack(const uint8_t* codes, Block& block) {
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* in = codes + 128 * half;
+      for (int i = 0; i < 64; ++i) {
+        block.ql[64 * half + i] = (in[i] & 0xF) | (in[i + 64] & 0xF) << 4;
+      }
+      for (int i = 0; i < 32; ++i) {
+        block.qh[32 * half + i] =
+            (in[i] >> 4) | (in[i + 32] >> 4) << 2 | (in[i + 64] >> 4) << 4 | (in[i + 96] >> 4) << 6;
+      }
+    }
+  }
+
+  // Importance replaces the squares of the elements as weights, as it is.
   static void quantize_row(const float* x, const float* importance, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];
@@ -107,20 +120,6 @@ struct Q6_K {
         recode_symmetric<16, 32>(x + start + 16 * g, scale, codes + 16 * g);
       }
       pack(codes, block);
-    }
-  }
-
- private:
-  static void pack(const uint8_t* codes, Block& block) {
-    for (int half = 0; half < 2; ++half) {
-      const uint8_t* in = codes + 128 * half;
-      for (int i = 0; i < 64; ++i) {
-        block.ql[64 * half + i] = (in[i] & 0xF) | (in[i + 64] & 0xF) << 4;
-      }
-      for (int i = 0; i < 32; ++i) {
-        block.qh[32 * half + i] =
-            (in[i] >> 4) | (in[i + 32] >> 4) << 2 | (in[i + 64] >> 4) << 4 | (in[i + 96] >> 4) << 6;
-      }
     }
   }
 };

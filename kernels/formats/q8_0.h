@@ -30,7 +30,6 @@ struct Q8_0 {
     for (int i = 0; i < 32; ++i) codes[i] = static_cast<uint8_t>(block.qs[i]) ^ 0x80;
   }
 
-  // ggml has no importance-weighted variant.
   static constexpr Chunk kChunks[] = {{2, 16}, {18, 16}, {0, 2}};
 
   template <class Rows>
@@ -49,6 +48,7 @@ struct Q8_0 {
     scales[0] = row.template half<2>();
   }
 
+  // ggml has no importance-weighted variant.
   static void quantize_row(const float* x, const float* /*importance*/, Block* blocks, int64_t n) {
     for (int64_t start = 0; start < n; start += kBlockElems) {
       Block& block = blocks[start / kBlockElems];

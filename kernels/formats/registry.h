@@ -23,7 +23,8 @@
 //                            scale and shift each; a block of 32 is one part with one of each.
 //                            `row` reads chunks by their number: half<i>() and word<i>()
 //   quantize_row(x, importance, blocks, n)
-//                            n floats to n / kBlockElems blocks; importance is null or n weights
+//                            n floats to n / kBlockElems blocks; importance is null or n weights.
+//                            csrc/cpu/quantizers.h may have the same for many blocks at a time
 //
 // To add one: write its header, name it in TORCH_Q4_FORMATS, add its reference to
 // torch_q4/formats.py. Every kernel and test follows from the list.

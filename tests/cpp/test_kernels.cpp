@@ -73,6 +73,34 @@ std::vector<float> reference_values(const std::vector<uint8_t>& blocks) {
   return values;
 }
 
+// The form for several blocks at a time against quantize_row, byte for byte.
+template <class Format>
+void test_quantiser(const Kernels& kernels, int format, int64_t rows, int64_t n) {
+  const auto quantize_rows = kernels.formats[format].quantize_rows;
+  if (quantize_rows == nullptr) return;
+  using Block = typename Format::Block;
+  Random random;
+  std::vector<float> x = normals(random, rows * n), importance = normals(random, n);
+  for (float& value : x) {
+    if (random.bits() % 4 == 0) value = 0;
+  }
+  for (float& value : importance) value = std::max(value, 0.0f);
+  const int64_t row_blocks = n / Format::kBlockElems;
+  for (const float* weights : {static_cast<const float*>(nullptr), importance.data()}) {
+    std::vector<Block> wanted(rows * row_blocks), got(rows * row_blocks);
+    for (int64_t row = 0; row < rows; ++row) {
+      Format::quantize_row(x.data() + row * n, weights, wanted.data() + row * row_blocks, n);
+    }
+    quantize_rows(x.data(), weights, got.data(), rows, n);
+    for (int64_t i = 0; i < rows * row_blocks; ++i) {
+      if (std::memcmp(&got[i], &wanted[i], sizeof(Block)) != 0) {
+        fail(std::string(kernels.isa) + " " + Format::kName + " quantize_rows of " +
+             std::to_string(rows) + "x" + std::to_string(n) + ": block " + std::to_string(i));
+      }
+    }
+  }
+}
+
 struct Problem {
   int64_t m, n, k;
 };
@@ -229,6 +257,11 @@ void test_format(const Kernels& kernels, int format) {
       }
     }
   }
+  for (const int64_t rows : {1, 2, 15, 16, 33}) {
+    for (const int64_t blocks : {1, 3, 16}) {
+      test_quantiser<Format>(kernels, format, rows, blocks * Format::kBlockElems);
+    }
+  }
   // Values that no search expects must not trip one: infinities, NaN, zeros, subnormals, extremes.
   const float odd[] = {INFINITY, -INFINITY, NAN,   0.0f,   -0.0f,
                        1e-42f,   -1e-39f,   3e38f, -3e38f, 1e-5f};
@@ -242,6 +275,10 @@ void test_format(const Kernels& kernels, int format) {
     std::vector<typename Format::Block> out(256 / Format::kBlockElems);
     Format::quantize_row(row.data(), nullptr, out.data(), 256);
     Format::quantize_row(row.data(), weights.data(), out.data(), 256);
+    if (const auto quantize_rows = kernels.formats[format].quantize_rows) {
+      quantize_rows(row.data(), nullptr, out.data(), 1, 256);
+      quantize_rows(row.data(), weights.data(), out.data(), 1, 256);
+    }
   }
 }
 
