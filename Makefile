@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # git's patterns reach into folders. Files that are not added yet are checked, too.
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' \
   'kernels/*.h' 'kernels/*.hip' 'benchmarks/*.hip' 'tests/*.c' 'tests/*.cpp')
-TORCH_FREE = kernels csrc/error.h csrc/cpu/kernels* csrc/cpu/quantizers.h csrc/cpu/simd.h \
+TORCH_FREE = kernels csrc/error.h csrc/cpu/kernels* csrc/cpu/quantizers* csrc/cpu/simd.h \
   csrc/gpu/dispatch.h csrc/gpu/driver.* csrc/gpu/plans.* csrc/gpu/runtime.*
 
 .PHONY: help

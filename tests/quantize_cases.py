@@ -54,6 +54,7 @@ KINDS: dict[str, Callable[[], Tensor]] = {
     "positive": lambda: _normal().abs(),
     "negative": lambda: -_normal().abs(),
     "positive, far from zero": lambda: 100 + _normal(),
+    "negative, almost constant": lambda: -1 - 1e-3 * _normal().abs(),
     "constant": lambda: torch.randn(ROWS, 1).expand(ROWS, COLUMNS).contiguous(),
     "equal magnitudes": lambda: _signs() * torch.rand(ROWS, 1),
     "few levels": lambda: torch.randint(-4, 5, (ROWS, COLUMNS)) / 4,
@@ -88,6 +89,8 @@ def importances(columns: int, seed: int = 0) -> dict[str, Tensor | None]:
         "zeros": torch.zeros(columns),
         "zeros among others": rand * (torch.rand(columns) < 0.3),
         "zero groups": rand * (torch.rand(columns // 32) < 0.5).repeat_interleave(32),
+        # With negative rows, rounding makes the scale of some fits negative, whose code wraps.
+        "dominated by few": rand * torch.where(torch.rand(columns) < 1 / 24, 1e11, 1.0),
         "of all orders": 10 ** torch.empty(columns).uniform_(-25, 25),
         "huge": 3e38 * rand,
     }

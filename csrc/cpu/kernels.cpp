@@ -103,8 +103,9 @@ QuantizeRows quantizer(int format) {
       TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)
 #undef TORCH_Q4_ENTRY
   };
-  const QuantizeRows by_lanes = kernels().formats[format].quantize_rows;
-  return by_lanes == nullptr ? kRowByRow[format] : by_lanes;
+  const Quantizers* by_lanes = kernels().quantizers;
+  const QuantizeRows found = by_lanes == nullptr ? nullptr : by_lanes->formats[format];
+  return found == nullptr ? kRowByRow[format] : found;
 }
 
 }  // namespace torch_q4::cpu

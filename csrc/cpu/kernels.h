@@ -55,10 +55,6 @@ struct LinearArgs {
   bool huge;  // linear_exact: whether prepare_exact found x to be so
 };
 
-// rows of n floats to blocks; importance is null or n weights, for each of the rows.
-using QuantizeRows = void (*)(const float* x, const float* importance, void* blocks, int64_t rows,
-                              int64_t n);
-
 struct FormatKernels {
   // elems values, a whole number of canonical blocks, to float32; bit for bit ggml's.
   void (*dequantize)(const void* blocks, int64_t elems, float* out);
@@ -81,9 +77,6 @@ struct FormatKernels {
   // [k_begin, k_end) of a row, k_begin a multiple of 256. Overwrites its part of grad_x (m, k).
   void (*linear_transposed)(const float* grad, const Weight& weight, int64_t m_begin, int64_t m_end,
                             int64_t k_begin, int64_t k_end, float* grad_x);
-  // As many blocks at a time as vectors have lanes. Null where the format or the instruction set
-  // has no such form; quantizer() below always has one.
-  QuantizeRows quantize_rows;
 };
 
 // Exact products by the matrix instructions that some CPUs have.
@@ -98,9 +91,24 @@ struct Tiles {
   int64_t (*scratch_floats)(int64_t m);
 };
 
+// rows of n floats to blocks; importance is null or n weights, for each of the rows.
+using QuantizeRows = void (*)(const float* x, const float* importance, void* blocks, int64_t rows,
+                              int64_t n);
+
+// quantizers.h: as many blocks at a time as vectors have lanes. Null for a format without that
+// form.
+struct Quantizers {
+  QuantizeRows formats[kFormatCount];
+};
+#if defined(__x86_64__)
+extern const Quantizers kAvx2Quantizers;
+extern const Quantizers kAvx512Quantizers;
+#endif
+
 struct Kernels {
   const char* isa;
   FormatKernels formats[kFormatCount];
+  const Quantizers* quantizers;  // null where the instruction set has none
   Tiles tiles;
   void (*half_to_float)(const uint16_t* from, float* to, int64_t count);
   void (*float_to_half)(const float* from, uint16_t* to, int64_t count);

@@ -27,7 +27,6 @@ using torch_q4::cpu::kInt8Sums;
 using torch_q4::cpu::kInt8Words;
 using torch_q4::cpu::kTileElems;
 using torch_q4::cpu::LinearArgs;
-using torch_q4::cpu::QuantizeRows;
 using torch_q4::cpu::Weight;
 
 namespace {
@@ -52,7 +51,6 @@ constexpr int kGroupedColumns = 4;
 // since a burst of them would fill the buffers that loads wait for too.
 constexpr int64_t kNearBytes = 1024, kFarBytes = 4608;
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
 template <class Format>
@@ -814,9 +812,6 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
 }  // namespace
 }  // namespace TORCH_Q4_NAMESPACE
 
-#if defined(TORCH_Q4_HOST_AVX2)
-#include "quantizers.h"
-#endif
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #endif
@@ -824,23 +819,27 @@ void float_to_bfloat16_array(const float* from, uint16_t* to, int64_t count) {
 namespace TORCH_Q4_NAMESPACE {
 namespace {
 
-#if !defined(TORCH_Q4_HOST_AVX2)
-template <class Format>
-constexpr QuantizeRows kQuantizeRows = nullptr;
-#endif
-
 template <class Format>
 constexpr FormatKernels format_kernels() {
-  return {dequantize<Format>,        dequantize_row<Format>,  repack<Format, true>,
-          repack<Format, false>,     dequantize_rows<Format>, prepare_exact<Format>,
-          prepare_int8<Format>,      linear_exact<Format>,    linear_int8<Format>,
-          linear_transposed<Format>, kQuantizeRows<Format>};
+  return {dequantize<Format>,       dequantize_row<Format>,  repack<Format, true>,
+          repack<Format, false>,    dequantize_rows<Format>, prepare_exact<Format>,
+          prepare_int8<Format>,     linear_exact<Format>,    linear_int8<Format>,
+          linear_transposed<Format>};
 }
+
+#if defined(__AVX512VNNI__)
+constexpr const torch_q4::cpu::Quantizers* kQuantizers = &torch_q4::cpu::kAvx512Quantizers;
+#elif defined(__AVX2__)
+constexpr const torch_q4::cpu::Quantizers* kQuantizers = &torch_q4::cpu::kAvx2Quantizers;
+#else
+constexpr const torch_q4::cpu::Quantizers* kQuantizers = nullptr;
+#endif
 
 constexpr Kernels kernel_table(const char* isa) {
 #define TORCH_Q4_ENTRY(Format) format_kernels<Format>(),
   Kernels kernels = {isa,
                      {TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)},
+                     kQuantizers,
                      {},
                      half_to_float_array,
                      float_to_half_array,

@@ -11,9 +11,13 @@
 #pragma once
 
 #include "../../kernels/formats/registry.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace TORCH_Q4_NAMESPACE {
+
+using torch_q4::cpu::QuantizeRows;
+
 namespace {
 
 // ---- the searches ----------------------------------------------------------------------------
@@ -601,35 +605,6 @@ inline void quantize_q6_k_blocks(const Lanes& lanes, Q6_K::Block* blocks) {
 
 // ---- rows --------------------------------------------------------------------------------------
 
-template <class Format>
-using QuantizeBlocks = void (*)(const Lanes& lanes, typename Format::Block* blocks);
-
-// A format that is not here is quantised by its quantize_row.
-template <class Format>
-constexpr QuantizeBlocks<Format> kQuantizeBlocks = nullptr;
-template <>
-constexpr QuantizeBlocks<Q4_0> kQuantizeBlocks<Q4_0> = quantize_symmetric_blocks<Q4_0>;
-template <>
-constexpr QuantizeBlocks<Q5_0> kQuantizeBlocks<Q5_0> = quantize_symmetric_blocks<Q5_0>;
-template <>
-constexpr QuantizeBlocks<Q4_0_F32> kQuantizeBlocks<Q4_0_F32> = quantize_symmetric_blocks<Q4_0_F32>;
-template <>
-constexpr QuantizeBlocks<Q4_1> kQuantizeBlocks<Q4_1> = quantize_blocks_with_min<Q4_1>;
-template <>
-constexpr QuantizeBlocks<Q5_1> kQuantizeBlocks<Q5_1> = quantize_blocks_with_min<Q5_1>;
-template <>
-constexpr QuantizeBlocks<Q8_0> kQuantizeBlocks<Q8_0> = quantize_q8_0_blocks;
-template <>
-constexpr QuantizeBlocks<Q2_K> kQuantizeBlocks<Q2_K> = quantize_k_blocks_with_mins<Q2_K>;
-template <>
-constexpr QuantizeBlocks<Q3_K> kQuantizeBlocks<Q3_K> = quantize_q3_k_blocks;
-template <>
-constexpr QuantizeBlocks<Q4_K> kQuantizeBlocks<Q4_K> = quantize_k_blocks_with_mins<Q4_K>;
-template <>
-constexpr QuantizeBlocks<Q5_K> kQuantizeBlocks<Q5_K> = quantize_k_blocks_with_mins<Q5_K>;
-template <>
-constexpr QuantizeBlocks<Q6_K> kQuantizeBlocks<Q6_K> = quantize_q6_k_blocks;
-
 // The mean squares of up to kLanes rows of n floats.
 inline void row_variances(const float* x, int64_t rows, int64_t n, float* out) {
   const float* from[kLanes];
@@ -652,7 +627,7 @@ inline void prefetch_blocks(const float* x, int64_t elems) {
 
 // Blocks go to the lanes in the order in which they lie, across the ends of rows. Lanes past the
 // last block repeat it.
-template <class Format>
+template <class Format, void (*kQuantizeBlocks)(const Lanes&, typename Format::Block*)>
 void quantize_rows(const float* x, const float* importance, void* blocks, int64_t rows, int64_t n) {
   using Block = typename Format::Block;
   constexpr int64_t kElems = Format::kBlockElems;
@@ -678,10 +653,10 @@ void quantize_rows(const float* x, const float* importance, void* blocks, int64_
       }
       lanes.variance = load(lane_variances);
       if (valid == kLanes) {
-        kQuantizeBlocks<Format>(lanes, to);
+        kQuantizeBlocks(lanes, to);
       } else {
         Block made[kLanes];
-        kQuantizeBlocks<Format>(lanes, made);
+        kQuantizeBlocks(lanes, made);
         std::memcpy(to, made, valid * sizeof(Block));
       }
       to += valid;
@@ -689,9 +664,38 @@ void quantize_rows(const float* x, const float* importance, void* blocks, int64_
   }
 }
 
+// A format that is not here is quantised by its quantize_row.
 template <class Format>
-constexpr QuantizeRows kQuantizeRows =
-    kQuantizeBlocks<Format> == nullptr ? nullptr : quantize_rows<Format>;
+constexpr QuantizeRows kQuantizeRows = nullptr;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q4_0> = quantize_rows<Q4_0, quantize_symmetric_blocks<Q4_0>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q5_0> = quantize_rows<Q5_0, quantize_symmetric_blocks<Q5_0>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q4_0_F32> =
+    quantize_rows<Q4_0_F32, quantize_symmetric_blocks<Q4_0_F32>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q4_1> = quantize_rows<Q4_1, quantize_blocks_with_min<Q4_1>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q5_1> = quantize_rows<Q5_1, quantize_blocks_with_min<Q5_1>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q8_0> = quantize_rows<Q8_0, quantize_q8_0_blocks>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q2_K> = quantize_rows<Q2_K, quantize_k_blocks_with_mins<Q2_K>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q3_K> = quantize_rows<Q3_K, quantize_q3_k_blocks>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q4_K> = quantize_rows<Q4_K, quantize_k_blocks_with_mins<Q4_K>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q5_K> = quantize_rows<Q5_K, quantize_k_blocks_with_mins<Q5_K>>;
+template <>
+constexpr QuantizeRows kQuantizeRows<Q6_K> = quantize_rows<Q6_K, quantize_q6_k_blocks>;
+
+constexpr torch_q4::cpu::Quantizers quantizer_table() {
+#define TORCH_Q4_ENTRY(Format) kQuantizeRows<Format>,
+  return {{TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)}};
+#undef TORCH_Q4_ENTRY
+}
 
 }  // namespace
 }  // namespace TORCH_Q4_NAMESPACE

@@ -20,6 +20,8 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 #if defined(__AVX512VNNI__)
 
 constexpr int kLanes = 16;

@@ -1,8 +1,8 @@
 // Q2_K: 256 elements in 84 bytes, sixteen groups of 16 with 4-bit scales and minimums.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "blocks_of_256.h"
 
 namespace TORCH_Q4_NAMESPACE {

@@ -1,8 +1,8 @@
 // Q3_K: 256 elements in 110 bytes, sixteen groups of 16 with 6-bit signed scales.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "blocks_of_256.h"
 #include "scales.h"
 

@@ -1,8 +1,8 @@
 // Q4_0_F32: 32 elements in 20 bytes, one float32 scale and 4-bit codes. Not a ggml format.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "blocks_of_32.h"
 
 namespace TORCH_Q4_NAMESPACE {

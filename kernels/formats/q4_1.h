@@ -1,8 +1,8 @@
 // Q4_1: 32 elements in 20 bytes, a float16 scale, a float16 minimum and 4-bit codes.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "blocks_of_32.h"
 
 namespace TORCH_Q4_NAMESPACE {

@@ -1,8 +1,8 @@
 // Q5_0: 32 elements in 22 bytes, one float16 scale and 5-bit codes.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "blocks_of_32.h"
 
 namespace TORCH_Q4_NAMESPACE {

@@ -1,8 +1,8 @@
 // Q5_K: 256 elements in 176 bytes, eight groups of 32 with 6-bit scales and minimums.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "blocks_of_256.h"
 #include "scales.h"
 

@@ -1,8 +1,8 @@
 // Q6_K: 256 elements in 210 bytes, sixteen groups of 16 with 8-bit signed scales.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "search.h"
 
 namespace TORCH_Q4_NAMESPACE {

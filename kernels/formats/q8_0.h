@@ -1,8 +1,8 @@
 // Q8_0: 32 elements in 34 bytes, one float16 scale and signed bytes.
 #pragma once
 
-#include "../packed.h"
 #include "../arch/arch.h"
+#include "../packed.h"
 #include "search.h"
 
 namespace TORCH_Q4_NAMESPACE {

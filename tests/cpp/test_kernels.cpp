@@ -76,7 +76,8 @@ std::vector<float> reference_values(const std::vector<uint8_t>& blocks) {
 // The form for several blocks at a time against quantize_row, byte for byte.
 template <class Format>
 void test_quantiser(const Kernels& kernels, int format, int64_t rows, int64_t n) {
-  const auto quantize_rows = kernels.formats[format].quantize_rows;
+  if (kernels.quantizers == nullptr) return;
+  const auto quantize_rows = kernels.quantizers->formats[format];
   if (quantize_rows == nullptr) return;
   using Block = typename Format::Block;
   Random random;
@@ -86,7 +87,8 @@ void test_quantiser(const Kernels& kernels, int format, int64_t rows, int64_t n)
   }
   for (float& value : importance) value = std::max(value, 0.0f);
   const int64_t row_blocks = n / Format::kBlockElems;
-  for (const float* weights : {static_cast<const float*>(nullptr), importance.data()}) {
+  for (const float* weights :
+       {static_cast<const float*>(nullptr), std::as_const(importance).data()}) {
     std::vector<Block> wanted(rows * row_blocks), got(rows * row_blocks);
     for (int64_t row = 0; row < rows; ++row) {
       Format::quantize_row(x.data() + row * n, weights, wanted.data() + row * row_blocks, n);
@@ -275,7 +277,8 @@ void test_format(const Kernels& kernels, int format) {
     std::vector<typename Format::Block> out(256 / Format::kBlockElems);
     Format::quantize_row(row.data(), nullptr, out.data(), 256);
     Format::quantize_row(row.data(), weights.data(), out.data(), 256);
-    if (const auto quantize_rows = kernels.formats[format].quantize_rows) {
+    if (kernels.quantizers != nullptr && kernels.quantizers->formats[format] != nullptr) {
+      const auto quantize_rows = kernels.quantizers->formats[format];
       quantize_rows(row.data(), nullptr, out.data(), 1, 256);
       quantize_rows(row.data(), weights.data(), out.data(), 1, 256);
     }

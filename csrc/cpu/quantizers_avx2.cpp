@@ -1,0 +1,5 @@
+#define TORCH_Q4_NAMESPACE torch_q4_avx2
+#include "quantizers.h"
+
+constexpr torch_q4::cpu::Quantizers torch_q4::cpu::kAvx2Quantizers =
+    TORCH_Q4_NAMESPACE::quantizer_table();
