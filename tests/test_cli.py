@@ -821,6 +821,10 @@ import signal, sys, time
 from torch_q4 import _files, convert
 from torch_q4.cli import main
 
+# Whoever runs the tests, under nohup or in the background, may ignore them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def stop(*_):
     print("half way", flush=True)
     time.sleep(60)

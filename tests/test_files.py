@@ -263,6 +263,9 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
 HALF_WAY = """
 import os, signal, sys
 from torch_q4 import _files
+# Whoever runs the tests, under nohup or in the background, may ignore them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[2] == "named":
     _files._UNNAMED = 0
 with _files.AtomicFile(sys.argv[1], 6, "save") as file:

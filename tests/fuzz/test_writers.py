@@ -86,6 +86,9 @@ def in_a_child(
             for stream in (0, 1, 2):
                 os.dup2(null, stream)
             prepare()
+            # Whoever runs the tests, under nohup or in the background, may ignore them.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.alarm(120)  # a writer that hangs is a failure, too
             os.write(go, b"x")
             with warnings.catch_warnings():
