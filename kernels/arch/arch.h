@@ -1,6 +1,6 @@
-// What everything under kernels/ is written against: names that mean the same everywhere. The only
-// file that asks which compiler reads it, a host C++ compiler, hipcc or nvcc; one header for each
-// then gives the names their form.
+// What everything under kernels/ is written against: names that mean the same everywhere. It asks
+// which compiler reads it, a host C++ compiler, hipcc or nvcc; one header for each then gives the
+// names their form.
 //
 //   host.h      a CPU
 //   gpu.h       what both GPU compilers understand, and the names that hip.h and cuda.h define
