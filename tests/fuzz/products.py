@@ -83,8 +83,9 @@ def check_product(
 
     ``w`` is float64. Values that the dtype does not hold are left out. ``normal`` says that x is
     normally distributed: only then has int8 a bound on the whole error. ``spread`` says that no
-    column of x makes up most of each sum. Where one does, AVX2 and plain C++ do not hold twice
-    F.linear's error yet (the README says so); until they do, 2^-22 of the result is asked for.
+    column of x makes up most of each sum. Where one does, the error is the few roundings that come
+    after that one product, and the BLAS at hand decides how many F.linear has: 2^-22 of the result
+    is allowed too.
     """
     dtype, k = y.dtype, w.shape[1]
     assert dtype == x.dtype
