@@ -21,12 +21,13 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # The environment is made anew when the requirements change. A torch that is there already is kept,
-# so that a ROCm or CUDA build installed by hand beforehand is the one that is used.
+# so that a ROCm or CUDA build installed by hand beforehand is the one that is used. Python compiles
+# the few modules that it imports; to compile all of them takes a minute.
 $(VENV)/ready: requirements-dev.txt
 	@echo "==> $(VENV): Python packages"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet torch==$(TORCH_VERSION)
-	$(PIP) install --quiet -r requirements-dev.txt
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install --quiet --no-compile torch==$(TORCH_VERSION)
+	$(PIP) install --quiet --no-compile -r requirements-dev.txt
 	@$(BIN)/python -c 'import torch; print("==> torch", torch.__version__)'
 	@touch $@
 
@@ -59,11 +60,12 @@ test-device: $(VENV)/ready ## run the GPU kernels without torch, through the dri
 
 # HIP's compiler gets a small Debian of its own, of 1 GB; Debian 12 has none that is new enough.
 HIP_ROOT ?= build/hip-root
+ROCM_CHECK ?=
 .PHONY: rocm-check
 rocm-check: ## compile the kernels for every AMD GPU and check the code; needs root, no GPU
 	@echo "==> rocm-check: ci/rocm_check.py"
 	ci/hip_root.sh $(HIP_ROOT)
-	$(PYTHON) ci/rocm_check.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS)
+	$(PYTHON) ci/rocm_check.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS) $(ROCM_CHECK)
 
 .PHONY: fuzz
 fuzz: build ## run the long forms of the fuzzers; takes an hour on two cores

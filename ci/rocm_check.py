@@ -39,6 +39,14 @@ ARCHS = (
     "gfx1100", "gfx1101", "gfx1102", "gfx1151", "gfx1200", "gfx1201",
 )  # fmt: skip
 
+# Architectures whose sources, and instructions that those ask for, are another one's: the
+# compiler's schedule and the number of registers differ. With --thin they meet a simple format and
+# those that need most registers only.
+SIBLINGS = {
+    "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1151": "gfx1100", "gfx1200": "gfx1201",
+}  # fmt: skip
+THIN_UNITS = ("Q4_0", "Q3_K", "Q5_K", "common")
+
 # The same optimisation and arithmetic as the build: what is checked must be what ships.
 FLAGS = (
     "-x", "hip", "--offload-device-only", "--no-gpu-bundle-output", "-O3", "-std=c++17",
@@ -861,9 +869,18 @@ def modelled(toolchain: Toolchain, kernels: Iterable[Kernel]) -> tuple[list[str]
 
 
 def compile_all(
-    toolchain: Toolchain, units: Sequence[str], archs: Sequence[str], jobs: int
+    toolchain: Toolchain, units: Sequence[str], archs: Sequence[str], jobs: int, *, thin: bool
 ) -> tuple[list[Kernel], list[str]]:
-    """All kernels of all units, and the messages of the compilations that failed."""
+    """All kernels of all units, and the messages of the compilations that failed.
+
+    With ``thin``, of an architecture whose sibling is among ``archs`` only those of ``THIN_UNITS``.
+    """
+    pairs = [
+        (unit, arch)
+        for arch in archs
+        for unit in units
+        if not (thin and SIBLINGS.get(arch) in archs) or unit in THIN_UNITS
+    ]
     kernels: list[Kernel] = []
     errors: list[str] = []
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
@@ -872,7 +889,7 @@ def compile_all(
             start = time.monotonic()
             return toolchain.kernels(unit, arch, Path(name)), time.monotonic() - start
 
-        waiting = {pool.submit(one, unit, arch): (unit, arch) for arch in archs for unit in units}
+        waiting = {pool.submit(one, unit, arch): (unit, arch) for unit, arch in pairs}
         for done, future in enumerate(as_completed(waiting), 1):
             unit, arch = waiting[future]
             try:
@@ -905,6 +922,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help=f"architectures (default: {' '.join(ARCHS)})")  # fmt: skip
     parser.add_argument("--format", nargs="+", default=known, choices=known, metavar="NAME",
                         help=f"what to compile (default: {' '.join(known)})")  # fmt: skip
+    parser.add_argument("--thin", action="store_true",
+                        help=f"of {', '.join(SIBLINGS)} no more than {', '.join(THIN_UNITS)}: "
+                        "their sources and instructions are those of a sibling")  # fmt: skip
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
                         help="compilations at a time (default: one a CPU)")  # fmt: skip
     parser.add_argument("--hip-root", type=absolute, default=os.environ.get("HIP_ROOT"),
@@ -930,7 +950,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompileError as error:
         print(f"ERROR {error}")
         return 2
-    kernels, errors = compile_all(toolchain, options.format, options.arch, options.jobs)
+    kernels, errors = compile_all(
+        toolchain, options.format, options.arch, options.jobs, thin=options.thin
+    )
 
     print("\n".join(table(kernels, options.verbose)))
     if not options.verbose:

@@ -130,7 +130,13 @@ if(NVCC)
     # "80+PTX" among the defaults is the PTX alone; of a list that is given, it is both, as
     # everywhere.
     if(NOT arch MATCHES "\\+PTX$" OR NOT "${number}" IN_LIST CUDA_ARCH)
-      list(APPEND CUDA_FLAGS -gencode "arch=compute_${number},code=sm_${number}")
+      # Both kinds of Blackwell are made from one PTX, where both are asked for: the kernels have
+      # nothing for one alone, and a compilation to PTX takes longer than that to machine code.
+      set(virtual "${number}")
+      if(number STREQUAL "120" AND "100" IN_LIST CUDA_ARCH)
+        set(virtual 100)
+      endif()
+      list(APPEND CUDA_FLAGS -gencode "arch=compute_${virtual},code=sm_${number}")
       list(APPEND BUILT_FOR_CUDA "sm_${number}")
     endif()
     if(arch MATCHES "\\+PTX$")

@@ -12,7 +12,7 @@
 //                                               packed rows only, a multiple of 16 of them
 //     staged_T_C               StagedArgs       staged_grid, C columns a block; likewise
 //     paired_T_C               PairedArgs       paired_grid, C columns a block; likewise
-//     transposed_T             TransposedArgs   transposed_grid
+//     transposed               TransposedArgs   transposed_grid
 //     pack, unpack             RepackArgs       repack_grid
 //     quantize                 QuantizeArgs     quantize_grid; q4_0 and q8_0 only
 //

@@ -36,6 +36,7 @@ extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, 8)
 TORCH_Q4_KERNEL(embedding, EmbeddingArgs, torch_q4::embedding<Format>)
 TORCH_Q4_KERNEL(pack, RepackArgs, repack<Format, true>)
 TORCH_Q4_KERNEL(unpack, RepackArgs, repack<Format, false>)
+TORCH_Q4_KERNEL(transposed, TransposedArgs, torch_q4::transposed<Format>)
 
 TORCH_Q4_KERNEL(matvec_int8_1, LinearArgs, matvec_int8<Format, 1>)
 TORCH_Q4_KERNEL(matvec_int8_2, LinearArgs, matvec_int8<Format, 2>)
@@ -47,8 +48,7 @@ TORCH_Q4_KERNEL(matvec_int8_8, LinearArgs, matvec_int8<Format, 8>)
   TORCH_Q4_KERNEL(matvec_##name##_1, LinearArgs, matvec<Format, T, 1>) \
   TORCH_Q4_KERNEL(matvec_##name##_2, LinearArgs, matvec<Format, T, 2>) \
   TORCH_Q4_KERNEL(matvec_##name##_4, LinearArgs, matvec<Format, T, 4>) \
-  TORCH_Q4_KERNEL(matvec_##name##_8, LinearArgs, matvec<Format, T, 8>) \
-  TORCH_Q4_KERNEL(transposed_##name, TransposedArgs, transposed<Format, T>)
+  TORCH_Q4_KERNEL(matvec_##name##_8, LinearArgs, matvec<Format, T, 8>)
 TORCH_Q4_KERNELS_OF(f32, Float32)
 TORCH_Q4_KERNELS_OF(f16, Float16)
 TORCH_Q4_KERNELS_OF(bf16, BFloat16)

@@ -30,7 +30,7 @@ TORCH_Q4_DEVICE void add_transposed(const Row& row, int segment,
   });
 }
 
-template <class Format, class T>
+template <class Format>
 TORCH_Q4_DEVICE void transposed(const gpu::TransposedArgs& a) {
   constexpr int kRows = gpu::kTransposedRows;
   const int columns = static_cast<int>((a.k + 255) / 256);

@@ -189,7 +189,7 @@ def test_instructions_per_weight() -> None:
         ("matvec_int8_8", 8),
         ("staged_bf16_128", 128),
         ("matmul_f16_wide", None),
-        ("transposed_f16", None),
+        ("transposed", None),
         ("x86_64", None),
     ],
 )
@@ -246,7 +246,7 @@ def test_every_rule_has_a_planted_violation() -> None:
 
 
 def test_rules_are_for_the_kernels_they_name() -> None:
-    assert rocm_check.violations(kernel("transposed_f16", load_16=0, dot2_f16=0, vgprs=200)) == []
+    assert rocm_check.violations(kernel("transposed", load_16=0, dot2_f16=0, vgprs=200)) == []
     assert rocm_check.violations(kernel("matmul_f16_16", "gfx1100", mfma=0, dot2_f16=0)) == []
     assert rocm_check.violations(kernel("matmul_bf16_16", "gfx906", dot2_f16=0)) == []
 
@@ -553,6 +553,28 @@ def test_exit_status(monkeypatch, capsys, tmp_path, formats, status, words) -> N
     assert words in capsys.readouterr().out
     assert len(json.loads(report.read_text())) == len(set(formats) - {"Q5_K"})
     assert markdown.read_text() == ""  # gfx906 stands for none of the devices
+
+
+@pytest.mark.parametrize(
+    ("archs", "compiled"),
+    [
+        (["gfx1100", "gfx1102", "gfx90a"], "5 kernels"),  # not Q4_1 for gfx1102
+        (["gfx1102", "gfx90a"], "4 kernels"),  # nothing stands for gfx1102
+    ],
+)
+def test_thin_leaves_out_siblings_alone(monkeypatch, capsys, archs, compiled) -> None:
+    monkeypatch.setattr(rocm_check, "Toolchain", lambda root: FakeToolchain())
+    assert rocm_check.main(["--thin", "--format", "Q4_0", "Q4_1", "--arch", *archs]) == 0
+    assert compiled in capsys.readouterr().out
+
+
+def test_siblings_hold_the_same_rules() -> None:
+    """Of an architecture that CI compiles less of, its sibling must ask for as much."""
+    for arch, sibling in rocm_check.SIBLINGS.items():
+        assert {arch, sibling} <= set(rocm_check.ARCHS)
+        assert sibling not in rocm_check.SIBLINGS
+        for rule in rocm_check.RULES:
+            assert rocm_check.matches(arch, rule.archs) == rocm_check.matches(sibling, rule.archs)
 
 
 def test_tools_that_fail_are_errors_and_no_tracebacks(monkeypatch, capsys, tmp_path) -> None:

@@ -394,7 +394,7 @@ void transposed_by_kernel(const Call& call, const Tensor& grad, const Tensor& bl
   args.dtype = dtype_of(grad.scalar_type());
   const Tensor partial = call.empty({args.splits, args.m, args.k}, ScalarType::Float);
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
-  call.run(transposed_kernel(args.dtype), transposed_grid(args), args);
+  call.run(kTransposed, transposed_grid(args), args);
   sum_splits(call, partial, out);
 }
 

@@ -221,6 +221,8 @@ std::string kernel_name(Kernel kernel) {
       return "unpack";
     case kQuantize:
       return "quantize";
+    case kTransposed:
+      return "transposed";
     case kQuantizeActivations:
       return "quantize_activations";
     case kSumSplits:
@@ -230,8 +232,7 @@ std::string kernel_name(Kernel kernel) {
     default:
       break;
   }
-  if (kernel < kTransposed) return std::string("element_") + kSuffixes[kernel - kElement];
-  if (kernel < kMatvec) return std::string("transposed_") + kSuffixes[kernel - kTransposed];
+  if (kernel < kMatvec) return std::string("element_") + kSuffixes[kernel - kElement];
   if (kernel < kMatvecInt8) {
     const int place = kernel - kMatvec;
     return with_width(std::string("matvec_") + kSuffixes[place / kMatvecWidths],

@@ -37,9 +37,9 @@ enum Kernel : int {
   kPack,
   kUnpack,
   kQuantize,
+  kTransposed,
   kElement,
-  kTransposed = kElement + kDTypes,
-  kMatvec = kTransposed + kDTypes,
+  kMatvec = kElement + kDTypes,
   kMatvecInt8 = kMatvec + kDTypes * kMatvecWidths,
   kMatmul = kMatvecInt8 + kMatvecWidths,
   kStaged = kMatmul + (kDTypes - 1) * kMatmulWidths,
@@ -51,7 +51,6 @@ enum Kernel : int {
 };
 
 constexpr Kernel element_kernel(DType dtype) { return Kernel(kElement + dtype); }
-constexpr Kernel transposed_kernel(DType dtype) { return Kernel(kTransposed + dtype); }
 // `width` is a position in kMatvecColumns, kMatmulColumns, kStagedColumns or kPairedColumns.
 constexpr Kernel matvec_kernel(DType dtype, int width) {
   return Kernel(kMatvec + dtype * kMatvecWidths + width);

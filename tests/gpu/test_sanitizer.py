@@ -22,7 +22,7 @@ FORMATS = ("q4_0", "q5_1", "q3_k", "q4_k")
 KERNELS = (
     ("dequantize", "embedding", "*pack", "quantize"),
     ("element_f32", "matvec_f32_1", "matvec_bf16_4", "matvec_int8_8"),
-    ("matmul_f16_16", "matmul_bf16_64", "transposed_f16"),
+    ("matmul_f16_16", "matmul_bf16_64", "transposed"),
     # Where the device has them:
     ("staged_f16_8", "staged_bf16_32", "staged_f16_64"),
     ("paired_f16_128", "paired_bf16_256"),
