@@ -43,7 +43,8 @@ ARCHS = (
 # compiler's schedule and the number of registers differ. With --thin they meet a simple format and
 # those that need most registers only.
 SIBLINGS = {
-    "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1151": "gfx1100", "gfx1200": "gfx1201",
+    "gfx90a": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1151": "gfx1100",
+    "gfx1200": "gfx1201",
 }  # fmt: skip
 THIN_UNITS = ("Q4_0", "Q3_K", "Q5_K", "common")
 

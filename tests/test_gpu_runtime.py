@@ -297,8 +297,8 @@ def test_every_device_and_file_is_loaded_once_under_threads(hip) -> None:
 def test_every_kernel_has_its_file_and_name(hip) -> None:
     """The names are those of kernels/arguments.h, written out here once more."""
     suffixes = ("f32", "f16", "bf16")
-    names = ["dequantize", "embedding", "pack", "unpack", "quantize"]
-    names += [f"{what}_{t}" for what in ("element", "transposed") for t in suffixes]
+    names = ["dequantize", "embedding", "pack", "unpack", "quantize", "transposed"]
+    names += [f"element_{t}" for t in suffixes]
     names += [f"matvec_{t}_{columns}" for t in suffixes for columns in (1, 2, 4, 8)]
     names += [f"matvec_int8_{columns}" for columns in (1, 2, 4, 8)]
     names += [f"matmul_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64)]
