@@ -150,8 +150,9 @@ LOAD_BYTES = {
     1: r"byte|[biu]8",
 }
 
-# Elements that one lane of matvec.h reads in a turn, by those of a block (part_elems, arguments.h).
-PART_ELEMS = {32: 32, 256: 64}
+# Elements of a block that one lane of matvec.h reads in a turn: all, but no more than this
+# (part_elems of arguments.h).
+MOST_PART_ELEMS = 64
 
 # ---- what a device can do ------------------------------------------------------------------------
 
@@ -297,7 +298,7 @@ class Kernel:
         if self.loop.products:
             return self.loop.products / self.columns
         if self.name.startswith("matvec_") and self.unit in format_blocks():
-            return PART_ELEMS[format_blocks()[self.unit].elems]
+            return min(format_blocks()[self.unit].elems, MOST_PART_ELEMS)
         return None
 
     def per_weight(self, number: int) -> float | None:

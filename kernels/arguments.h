@@ -193,9 +193,11 @@ struct Grid {
 
 inline uint32_t ceil_div(int64_t a, int64_t b) { return static_cast<uint32_t>((a + b - 1) / b); }
 
-// Elements of a row that one thread decodes at a time: a quarter of a K-quant's block, or all of a
-// small one.
-constexpr int part_elems(int block_elems) { return block_elems == 256 ? 64 : 32; }
+// Elements of a row that one thread decodes at a time: all of a block of 32 or 64, or 64 of a
+// larger one.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int part_elems(int block_elems) {
+  return block_elems >= 64 ? 64 : 32;
+}
 
 // A block takes kPanelColumns elements of 16 packed rows, or a part a thread of rows that are not.
 inline Grid dequantize_grid(const DequantizeArgs& a, int block_elems) {
@@ -223,13 +225,13 @@ inline Grid transposed_grid(const TransposedArgs& a) {
 // `offset` on are: blocks of 256 elements have gaps between, so that fewer of the lines that lanes
 // read at once are in the same banks.
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_piece_bytes(int block_elems) {
-  return block_elems == 256 ? 1024 : 8192;
+  return block_elems == kStagedUnit ? 1024 : 8192;
 }
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_offset(int block_elems, int offset) {
   return offset + offset / staged_piece_bytes(block_elems) * 64;
 }
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_block_bytes(int block_elems, int block_bytes) {
-  return (staged_offset(block_elems, kGroupRows * block_bytes - 16) + 16 + 31) / 32 * 32;
+  return staged_offset(block_elems, kGroupRows * block_bytes - 16) + 16;
 }
 // What one matrix instruction reads of x, and a gap for the same reason.
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_tile_bytes(int columns) {
@@ -260,7 +262,7 @@ inline Grid staged_grid(const StagedArgs& a, int columns) {
 // A stage of x has 64 elements, one of the weights a unit: 256, or half of it where blocks are
 // smaller, which leaves room for more of x.
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_unit(int block_elems) {
-  return block_elems == 256 ? kStagedUnit : kStagedUnit / 2;
+  return part_elems(block_elems) == 64 ? kStagedUnit : kStagedUnit / 2;
 }
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_x_bytes(int columns) {
   return columns * 64 * 2;

@@ -1,6 +1,6 @@
 // How a GPU's thread reads weights: a part of one row's block at a time, in registers.
 //
-// A part (formats/registry.h) is a quarter of a K-quant's block or all of a small one: four or two
+// A part (formats/registry.h) is 64 elements of a block, or all of a smaller one: four or two
 // segments of 16 elements. Threads with neighbouring places read neighbouring 16 bytes of a packed
 // weight, and those of different parts the other lines of the same block.
 #pragma once
@@ -15,11 +15,11 @@ namespace TORCH_Q4_NAMESPACE {
 template <class Format>
 constexpr int kPartElems = gpu::part_elems(Format::kBlockElems);
 template <class Format>
-constexpr int kBlockParts = Format::kBlockElems == 256 ? 4 : 1;
+constexpr int kBlockParts = Format::kBlockElems / kPartElems<Format>;
 template <class Format>
-constexpr int kPartSegments = Format::kBlockElems == 256 ? 4 : 2;
+constexpr int kPartSegments = kPartElems<Format> / 16;
 template <class Format>
-constexpr int kPartScales = Format::kBlockElems == 256 ? 4 : 1;
+constexpr int kPartScales = kPartSegments<Format> == 4 ? 4 : 1;
 
 // Segment i of a part, as its number within the block.
 template <class Format>
@@ -84,10 +84,11 @@ template <int kAlign>
 TORCH_Q4_DEVICE uint32_t load_word(const uint8_t* from) {
   if constexpr (kAlign >= 4) {
     return *reinterpret_cast<const uint32_t*>(from);
-  } else {
-    static_assert(kAlign == 2);
+  } else if constexpr (kAlign == 2) {
     const auto* halves = reinterpret_cast<const uint16_t*>(from);
     return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+  } else {
+    return from[0] | from[1] << 8 | from[2] << 16 | static_cast<uint32_t>(from[3]) << 24;
   }
 }
 
@@ -101,23 +102,38 @@ TORCH_Q4_DEVICE Bytes load_line(const uint8_t* from) {
   }
 }
 
+// Each code's entry in a table of 16 bytes (formats/tables.h).
+TORCH_Q4_DEVICE Bytes look_up(const Bytes& codes, const Codebook& table) {
+  return map_words([&](int i) { return look_up_4(codes.w[i], table); });
+}
+TORCH_Q4_DEVICE Bytes look_up(const Fields& fields, const Codebook& table) {
+  return look_up(fields.codes(), table);
+}
+
 // 16 bytes with 16 where one of 16 bits is set.
 TORCH_Q4_DEVICE Bytes expand_bits(uint32_t bits) {
   return map_words([&](int i) { return expand_4_bits(bits >> 4 * i & 0xFu); });
 }
 
-// Elements 2 i (low) and 2 i + 1 (high) of a segment, of which eight codes each come in the bytes
-// 8 segment to 8 segment + 7.
-TORCH_Q4_DEVICE Bytes interleave_bytes(const Bytes& low, const Bytes& high, int segment) {
+// Half 0 or 1 of the 16 bytes of `low` and those of `high`: byte by byte in turns, or the one after
+// the other.
+TORCH_Q4_DEVICE Bytes interleave(const Bytes& low, const Bytes& high, int half) {
   Bytes out;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t a = segment == 0 ? low.w[i] : low.w[i + 2];
-    const uint32_t b = segment == 0 ? high.w[i] : high.w[i + 2];
+    const uint32_t a = half == 0 ? low.w[i] : low.w[i + 2];
+    const uint32_t b = half == 0 ? high.w[i] : high.w[i + 2];
     out.w[2 * i] = select_bytes<0, 4, 1, 5>(a, b);
     out.w[2 * i + 1] = select_bytes<2, 6, 3, 7>(a, b);
   }
   return out;
+}
+TORCH_Q4_DEVICE Bytes join(const Bytes& low, const Bytes& high, int half) {
+  // A choice by bits: of two words in memory AMD's compiler would choose the address.
+  const uint32_t second = half == 0 ? 0 : ~0u;
+  const auto choose = [&](uint32_t a, uint32_t b) { return (a & ~second) | (b & second); };
+  return {{choose(low.w[0], low.w[2]), choose(low.w[1], low.w[3]), choose(high.w[0], high.w[2]),
+           choose(high.w[1], high.w[3])}};
 }
 
 // The largest power of two that divides what kOffsets is the bitwise or of.
@@ -134,13 +150,47 @@ constexpr int line_count() {
 template <class Format>
 constexpr int kLineCount = line_count<Format>();
 
+// How one row's chunks of four, two and one byte are read, by their number: what the readers below
+// have in common. Row says where a chunk of its own lies, and to how many bytes it is aligned.
+template <class Row>
+struct SmallChunks {
+  template <int kIndex>
+  TORCH_Q4_DEVICE uint32_t word() const {
+    return load_word<Row::template kSmallAlign<kIndex>>(chunk<kIndex>());
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE uint32_t halfword() const {
+    static_assert(Row::template kSmallAlign<kIndex> >= 2);
+    return *reinterpret_cast<const uint16_t*>(chunk<kIndex>());
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE uint32_t byte() const {
+    return *chunk<kIndex>();
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE float half() const {
+    return half_to_float(static_cast<uint16_t>(halfword<kIndex>()));
+  }
+
+ private:
+  template <int kIndex>
+  TORCH_Q4_DEVICE const uint8_t* chunk() const {
+    return static_cast<const Row*>(this)->template small_chunk<kIndex>();
+  }
+};
+
 // One row's block in the packed layout (packed.h). What is the same for a whole block of threads
 // stays a pointer by itself: AMD's loads add an offset of 32 bits to that without an instruction.
 template <class Format>
-struct PackedRow {
+struct PackedRow : SmallChunks<PackedRow<Format>> {
   const uint8_t* group;  // the first block of its 16 rows
   uint32_t start;        // of its own block from there
   int row;               // among the 16
+
+  TORCH_Q4_DEVICE PackedRow(const uint8_t* group, uint32_t start, int row)
+      : group(group), start(start), row(row) {}
+  template <int kIndex>
+  static constexpr int kSmallAlign = Format::kChunks[kIndex].size;
 
   TORCH_Q4_DEVICE const uint8_t* chunk(int offset, int size, int place) const {
     return group + (start + static_cast<uint32_t>(size * place)) + offset;
@@ -153,24 +203,17 @@ struct PackedRow {
     return expand_bits(*reinterpret_cast<const uint16_t*>(chunk(offset, 2, line_row(row))));
   }
   template <int kIndex>
-  TORCH_Q4_DEVICE float half() const {
-    constexpr int kOffset = chunk_start<Format>(kIndex);
-    return half_to_float(*reinterpret_cast<const uint16_t*>(chunk(kOffset, 2, row)));
-  }
-  template <int kIndex>
-  TORCH_Q4_DEVICE uint32_t word() const {
-    constexpr int kOffset = chunk_start<Format>(kIndex);
-    return *reinterpret_cast<const uint32_t*>(chunk(kOffset, 4, row));
-  }
-  TORCH_Q4_DEVICE static Bytes interleave(const Bytes& low, const Bytes& high, int segment) {
-    return interleave_bytes(low, high, segment);
+  TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
+    return chunk(chunk_start<Format>(kIndex), Format::kChunks[kIndex].size, row);
   }
 };
 
 // One row's block in GGML's own layout, which is aligned to no more than its size is.
 template <class Format>
-struct CanonicalRow {
+struct CanonicalRow : SmallChunks<CanonicalRow<Format>> {
   const uint8_t* block;
+
+  TORCH_Q4_DEVICE explicit CanonicalRow(const uint8_t* block) : block(block) {}
 
   static constexpr int kLines = kLineCount<Format>;
   static constexpr int kFirst = Format::kChunks[0].offset;
@@ -193,6 +236,8 @@ struct CanonicalRow {
   }
   static constexpr int kBytes = sizeof(typename Format::Block);
   static constexpr int kAlign = kAlignment<kBytes | kFirst | jump() | 16>;
+  template <int kIndex>
+  static constexpr int kSmallAlign = kAlignment<kBytes | Format::kChunks[kIndex].offset | 4>;
   static constexpr int kRestart = restart(), kJump = jump();
   static constexpr bool kLinesFollow = lines_follow();
 
@@ -211,17 +256,8 @@ struct CanonicalRow {
     return expand_bits(*reinterpret_cast<const uint16_t*>(block + bits_offset(index)));
   }
   template <int kIndex>
-  TORCH_Q4_DEVICE float half() const {
-    constexpr int kOffset = Format::kChunks[kIndex].offset;
-    return half_to_float(*reinterpret_cast<const uint16_t*>(block + kOffset));
-  }
-  template <int kIndex>
-  TORCH_Q4_DEVICE uint32_t word() const {
-    constexpr int kOffset = Format::kChunks[kIndex].offset;
-    return load_word<kAlignment<kBytes | kOffset | 4>>(block + kOffset);
-  }
-  TORCH_Q4_DEVICE static Bytes interleave(const Bytes& low, const Bytes& high, int segment) {
-    return interleave_bytes(low, high, segment);
+  TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
+    return block + Format::kChunks[kIndex].offset;
   }
 };
 
@@ -237,7 +273,7 @@ struct PackedRows {
         row(row) {}
   TORCH_Q4_DEVICE PackedRow<Format> block(int index) const {
     constexpr uint32_t kBytes = kTileRows * sizeof(typename Format::Block);
-    return {group, static_cast<uint32_t>(index) * kBytes, row};
+    return PackedRow<Format>(group, static_cast<uint32_t>(index) * kBytes, row);
   }
 };
 
@@ -249,7 +285,8 @@ struct CanonicalRows {
       : first(blocks + row * (k / Format::kBlockElems) *
                            static_cast<int64_t>(sizeof(typename Format::Block))) {}
   TORCH_Q4_DEVICE CanonicalRow<Format> block(int index) const {
-    return {first + index * static_cast<int64_t>(sizeof(typename Format::Block))};
+    return CanonicalRow<Format>(first +
+                                index * static_cast<int64_t>(sizeof(typename Format::Block)));
   }
 };
 

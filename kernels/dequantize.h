@@ -83,8 +83,14 @@ struct Codes {
   TORCH_Q4_DEVICE friend Codes operator^(const Codes& a, int mask) {
     return map([&](int i) { return a.w[i] ^ in_each_byte(mask); });
   }
+  TORCH_Q4_DEVICE friend Codes operator>>(const Codes& a, int bits) {
+    return map([&](int i) { return a.w[i] >> bits & in_each_byte(0xFF >> bits); });
+  }
   TORCH_Q4_DEVICE friend Codes operator<<(const Codes& a, int bits) {
     return map([&](int i) { return a.w[i] << bits & in_each_byte(0xFF << bits); });
+  }
+  TORCH_Q4_DEVICE friend Codes look_up(const Codes& a, const Codebook& table) {
+    return map([&](int i) { return look_up_4(a.w[i], table); });
   }
 };
 
@@ -98,7 +104,7 @@ TORCH_Q4_DEVICE Codes<kWords> load_codes(const uint8_t* from) {
     return Codes<kWords>::map(
         [&](int i) { return *reinterpret_cast<const uint32_t*>(from + 4 * i); });
   } else {
-    const uint32_t odd = reinterpret_cast<uintptr_t>(from) & 2;
+    const uint32_t odd = reinterpret_cast<uintptr_t>(from) & (kAlign == 1 ? 3 : 2);
     const auto* words = reinterpret_cast<const uint32_t*>(from - odd);
     return Codes<kWords>::map([&](int i) { return shift_words(words[i], words[i + 1], 8 * odd); });
   }
@@ -127,11 +133,14 @@ struct Line {
   }
   TORCH_Q4_DEVICE Piece operator^(int bits) const { return static_cast<Piece>(*this) ^ bits; }
   TORCH_Q4_DEVICE Piece operator<<(int bits) const { return static_cast<Piece>(*this) << bits; }
+  TORCH_Q4_DEVICE friend Piece look_up(const Line& a, const Codebook& table) {
+    return look_up(static_cast<Piece>(a), table);
+  }
 
   TORCH_Q4_DEVICE uint32_t field(uint32_t word) const { return word >> shift & in_each_byte(mask); }
-  // Elements 2 i in `low`, 2 i + 1 in `high`.
-  TORCH_Q4_DEVICE static Piece interleave(const Line& low, const Line& high, int segment) {
-    const uint8_t* from = low.chunk + 8 * segment + low.first / 2;
+  // Of a segment, elements 2 i in `low`, 2 i + 1 in `high`.
+  TORCH_Q4_DEVICE friend Piece interleave(const Line& low, const Line& high, int half) {
+    const uint8_t* from = low.chunk + 8 * half + low.first / 2;
     uint32_t word;
     if constexpr (kWords == 2) {
       word = load_codes<1, kAlign>(from).w[0];
@@ -142,6 +151,11 @@ struct Line {
     return Piece::map([&](int i) {
       return i == 0 ? select_bytes<0, 4, 1, 5>(a, b) : select_bytes<2, 6, 3, 7>(a, b);
     });
+  }
+  // Its first eight elements in `low`, the others in `high`.
+  TORCH_Q4_DEVICE friend Piece join(const Line& low, const Line& high, int half) {
+    const Line& which = low.first < 8 ? low : high;
+    return Line{low.chunk + 8 * half, low.first % 8, which.shift, which.mask};
   }
 };
 
@@ -165,10 +179,6 @@ struct CanonicalPiece {
     const uint8_t* bits = block + Row::bits_offset(index);
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
   }
-  TORCH_Q4_DEVICE static Codes<kWords> interleave(const Chunk& low, const Chunk& high,
-                                                  int segment) {
-    return Chunk::interleave(low, high, segment);
-  }
 };
 
 // Where byte `offset` of packed blocks lies in shared memory: a gap after every 256 bytes puts the
@@ -177,9 +187,14 @@ TORCH_Q4_DEVICE constexpr int gapped(int offset) { return offset + offset / 256 
 
 // The same of a packed block, which begins `start` bytes after the first.
 template <class Format, int kWords>
-struct PackedPiece {
+struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
   const uint8_t* blocks;
   int start, row, first;
+
+  TORCH_Q4_DEVICE PackedPiece(const uint8_t* blocks, int start, int row, int first)
+      : blocks(blocks), start(start), row(row), first(first) {}
+  template <int kIndex>
+  static constexpr int kSmallAlign = Format::kChunks[kIndex].size;
 
   using Chunk = Line<kWords, 16>;
 
@@ -193,18 +208,9 @@ struct PackedPiece {
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
   }
   template <int kIndex>
-  TORCH_Q4_DEVICE float half() const {
-    const uint8_t* from = blocks + gapped(start + chunk_start<Format>(kIndex) + 2 * row);
-    return half_to_float(*reinterpret_cast<const uint16_t*>(from));
-  }
-  template <int kIndex>
-  TORCH_Q4_DEVICE uint32_t word() const {
-    return *reinterpret_cast<const uint32_t*>(
-        blocks + gapped(start + chunk_start<Format>(kIndex) + 4 * row));
-  }
-  TORCH_Q4_DEVICE static Codes<kWords> interleave(const Chunk& low, const Chunk& high,
-                                                  int segment) {
-    return Chunk::interleave(low, high, segment);
+  TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
+    return blocks +
+           gapped(start + chunk_start<Format>(kIndex) + Format::kChunks[kIndex].size * row);
   }
 };
 
@@ -287,10 +293,12 @@ struct DequantizeShared {
       if (at + 16 <= bytes) *to = {{w[0], w[1], w[2], w[3]}};
     }
     // Only GGML's layout ends in between, and nothing may be read past its end.
-    const int rest = bytes % 16 / 2, thread = static_cast<int>(threadIdx.x);
+    using Least = std::conditional_t<kBytes % 2 == 0, uint16_t, uint8_t>;
+    constexpr int kLeast = sizeof(Least);
+    const int rest = bytes % 16 / kLeast, thread = static_cast<int>(threadIdx.x);
     if (!kGaps && thread < rest) {
-      const int at = bytes / 16 * 16 + 2 * thread;
-      *reinterpret_cast<uint16_t*>(staged + at) = *reinterpret_cast<const uint16_t*>(from + at);
+      const int at = bytes / 16 * 16 + kLeast * thread;
+      *reinterpret_cast<Least*>(staged + at) = *reinterpret_cast<const Least*>(from + at);
     }
     __syncthreads();
   }
@@ -349,7 +357,7 @@ TORCH_Q4_DEVICE void dequantize_canonical(const gpu::DequantizeArgs& a, int64_t 
   if constexpr (Shared::kKeepsScales) {
     const int place = thread / kBlockParts<Format>;
     if (place < count) {
-      shared.keep_scales(CanonicalRow<Format>{blocks + place * Shared::kBytes},
+      shared.keep_scales(CanonicalRow<Format>(blocks + place * Shared::kBytes),
                          thread % kBlockParts<Format>, place);
     }
     __syncthreads();
@@ -366,7 +374,7 @@ TORCH_Q4_DEVICE void dequantize_canonical(const gpu::DequantizeArgs& a, int64_t 
       if (place >= count) continue;
       const uint8_t* from = blocks + place * Shared::kBytes;
       shared.template decode<T>(CanonicalPiece<Format, kPieceElems<T> / 4>{from, element % 16},
-                                CanonicalRow<Format>{from}, segment, place, a.out,
+                                CanonicalRow<Format>(from), segment, place, a.out,
                                 index + unit * kUnitElems + element);
     }
   }
@@ -392,7 +400,7 @@ TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t gro
     const int row = thread % kTileRows, part = thread / kTileRows % kBlockParts<Format>;
     const int place = thread / (kTileRows * kBlockParts<Format>);
     if (place < count) {
-      shared.keep_scales(Piece{shared.staged, place * kBlockBytes, row, 0}, part,
+      shared.keep_scales(Piece(shared.staged, place * kBlockBytes, row, 0), part,
                          place * kTileRows + row);
     }
     __syncthreads();
@@ -407,7 +415,7 @@ TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t gro
       const int place = element / Format::kBlockElems;
       const int segment = element % Format::kBlockElems / 16;
       if (place >= count) continue;
-      const Piece piece = {shared.staged, place * kBlockBytes, row, element % 16};
+      const Piece piece(shared.staged, place * kBlockBytes, row, element % 16);
       shared.template decode<T>(piece, piece, segment, place * kTileRows + row, a.out,
                                 index + row * a.k + element);
     }

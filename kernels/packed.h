@@ -11,9 +11,9 @@
 //     ...
 //     row 15  d qs0 qs1 ... qs15            then the same 16 rows' next block along K
 //
-// Each format cuts its block into chunks of 16, 4 or 2 bytes (kChunks), the wide ones first. Every
-// chunk of 16 rows starts at a multiple of 16 bytes from its block's start, and blocks of 16 rows
-// are a multiple of 32 bytes long, so that every load can be 16 bytes wide.
+// Each format cuts its block into chunks of 16, 4, 2 or 1 bytes (kChunks), the wide ones first.
+// Every chunk of 16 rows starts at a multiple of 16 bytes from its block's start, so that every
+// load can be 16 bytes wide.
 //
 // 16-byte chunks hold their rows in the order 0 4 8 12 1 5 9 13 2 6 10 14 3 7 11 15: on a CPU, a
 // 4x4 transposition of 32-bit words inside each 128-bit lane (the only one that is cheap) then
@@ -64,7 +64,7 @@ constexpr bool chunks_cover_block() {
   int covered = 0;
   for (int i = 0; i < kChunkCount<Format>; ++i) {
     const Chunk chunk = Format::kChunks[i];
-    if (chunk.size != 16 && chunk.size != 4 && chunk.size != 2) return false;
+    if (chunk.size != 16 && chunk.size != 4 && chunk.size != 2 && chunk.size != 1) return false;
     for (int j = 0; j < i; ++j) {
       const Chunk other = Format::kChunks[j];
       if (chunk.offset < other.offset + other.size && other.offset < chunk.offset + chunk.size) {

@@ -11,10 +11,13 @@ TORCH_Q4_DEVICE void move_chunk(const uint8_t* from, uint8_t* to, int row) {
   constexpr int kStart = chunk_start<Format>(kIndex);
   const bool with_lines = kChunk.size == 16 || kChunk.with_lines;
   const int packed = kStart + kChunk.size * (with_lines ? line_row(row) : row);
-  const auto* source = reinterpret_cast<const uint16_t*>(from + (kPack ? kChunk.offset : packed));
-  auto* target = reinterpret_cast<uint16_t*>(to + (kPack ? packed : kChunk.offset));
+  // A block of an odd size has its neighbours at odd addresses.
+  constexpr bool kIsOdd = sizeof(typename Format::Block) % 2 != 0;
+  using Least = std::conditional_t<kIsOdd, uint8_t, uint16_t>;
+  const auto* source = reinterpret_cast<const Least*>(from + (kPack ? kChunk.offset : packed));
+  auto* target = reinterpret_cast<Least*>(to + (kPack ? packed : kChunk.offset));
 #pragma unroll
-  for (int i = 0; i < kChunk.size / 2; ++i) target[i] = source[i];
+  for (int i = 0; i < kChunk.size / static_cast<int>(sizeof(Least)); ++i) target[i] = source[i];
 }
 
 template <class Format, bool kPack, int... kIndices>

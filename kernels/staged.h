@@ -21,9 +21,13 @@ namespace TORCH_Q4_NAMESPACE {
 // One row's block as it lies in shared memory: packed, but for gaps that keep lines which several
 // lanes read at once in different banks.
 template <class Format>
-struct StagedRow {
+struct StagedRow : SmallChunks<StagedRow<Format>> {
   const uint8_t* block;
   int row;
+
+  TORCH_Q4_DEVICE StagedRow(const uint8_t* block, int row) : block(block), row(row) {}
+  template <int kIndex>
+  static constexpr int kSmallAlign = Format::kChunks[kIndex].size;
 
   TORCH_Q4_DEVICE static constexpr int place(int offset) {
     return gpu::staged_offset(Format::kBlockElems, offset);
@@ -37,17 +41,9 @@ struct StagedRow {
     return expand_bits(*reinterpret_cast<const uint16_t*>(from));
   }
   template <int kIndex>
-  TORCH_Q4_DEVICE float half() const {
+  TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     constexpr int kOffset = place(chunk_start<Format>(kIndex));
-    return half_to_float(*reinterpret_cast<const uint16_t*>(block + kOffset + 2 * row));
-  }
-  template <int kIndex>
-  TORCH_Q4_DEVICE uint32_t word() const {
-    constexpr int kOffset = place(chunk_start<Format>(kIndex));
-    return *reinterpret_cast<const uint32_t*>(block + kOffset + 4 * row);
-  }
-  TORCH_Q4_DEVICE static Bytes interleave(const Bytes& low, const Bytes& high, int segment) {
-    return interleave_bytes(low, high, segment);
+    return block + kOffset + Format::kChunks[kIndex].size * row;
   }
 };
 
@@ -63,11 +59,16 @@ struct RingPlace {
   }
 };
 
+// Whether a unit is one block, so that every unit of K is whole.
+template <class Format>
+constexpr bool kFillsUnit = Format::kBlockElems == gpu::kStagedUnit;
+
 // Of a unit's 16 segments of 16 elements, the one that a k_lane multiplies in a quarter of the
 // unit's work.
 TORCH_Q4_DEVICE int staged_segment(int block_elems, int k_lane, int quarter) {
-  return block_elems == 256 ? (k_lane >> 1) << 3 | (k_lane & 1) | quarter << 1
-                            : quarter / 2 * 8 + k_lane * 2 + quarter % 2;
+  if (block_elems == 32) return quarter / 2 * 8 + k_lane * 2 + quarter % 2;
+  return block_elems == 64 ? k_lane << 2 | quarter
+                           : (k_lane >> 1) << 3 | (k_lane & 1) | quarter << 1;
 }
 
 // What a lane of a wave, which has 16 rows, reads of half a unit: the codes of two quarters, two
@@ -90,11 +91,11 @@ struct StagedHalf {
   TORCH_Q4_DEVICE static StagedHalf read(const uint8_t* weights, int parts) {
     const int lane = threadIdx.x % kWaveLanes;
     const int wanted = kFirst / kPartSegments<Format> * kKLanes + lane % kKLanes;
-    const bool is_part = kBlockParts<Format> > 1 || wanted < parts;
+    const bool is_part = kFillsUnit<Format> || wanted < parts;
     const int index = is_part ? wanted : 0;
     const uint8_t* block = weights + index / kBlockParts<Format> * kBlockPitch;
     const int part = index % kBlockParts<Format>;
-    const Row rows[] = {{block, line_row(lane / 4)}, {block, line_row(lane / 4 + 8)}};
+    const Row rows[] = {Row(block, line_row(lane / 4)), Row(block, line_row(lane / 4 + 8))};
     const auto codes_of = [&](int row, int quarter) {
       return Format::packed_codes(rows[row], part_segment<Format>(part, segment(kFirst, quarter)));
     };
@@ -184,7 +185,7 @@ struct StagedProduct {
 
   TORCH_Q4_DEVICE int elements_of(int unit) const {
     // K fills the last unit, too, where blocks are as large.
-    const bool is_whole = kBlockParts<Format> > 1 || (unit + 1) * kUnit <= static_cast<int>(a.k);
+    const bool is_whole = kFillsUnit<Format> || (unit + 1) * kUnit <= static_cast<int>(a.k);
     return is_whole ? kUnit : static_cast<int>(a.k) - unit * kUnit;
   }
   TORCH_Q4_DEVICE bool has_rows(int group) const {
@@ -230,8 +231,7 @@ struct StagedProduct {
       for (int k_lane = 0; k_lane < kKLanes; ++k_lane) {
         loaded[index][k_lane] = {{0, 0}};
         const int further = Task::further(k_lane);
-        if (task.column < columns &&
-            (kBlockParts<Format> > 1 || task.element() + further < elems)) {
+        if (task.column < columns && (kFillsUnit<Format> || task.element() + further < elems)) {
           loaded[index][k_lane] = *reinterpret_cast<const Words2*>(from + 2 * further);
         }
       }

@@ -15,7 +15,8 @@ TORCH_Q4_DEVICE void add_transposed(const Row& row, int segment,
                                     float (&sums)[gpu::kTransposedRows][16]) {
   // The inverse of part_segment.
   const int part = kBlockParts<Format> == 1 ? 0 : segment / 8 * 2 + segment % 2;
-  const int which = kPartScales<Format> == 1 ? 0 : segment / 2 % 4;
+  const int which =
+      kPartScales<Format> == 1 ? 0 : (kBlockParts<Format> == 1 ? segment : segment / 2) % 4;
   const PartScales<Format, true> scales(row, part);
   float scale = scales.scale[0], start = scales.start[0];
 #pragma unroll

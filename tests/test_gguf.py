@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import random_blocks
+from conftest import dense64, random_blocks
 
 from torch_q4 import formats
 from torch_q4.gguf import GGUFArray, GGUFError, load_gguf
@@ -239,7 +239,11 @@ def test_every_format_as_written_by_gguf(tmp_path: Path, ggml_fmt: formats.Forma
         np.testing.assert_array_equal(read.blocks.numpy(), expected)
         values = read.dequantize()
         assert values.dtype == torch.float32
-        np.testing.assert_array_equal(values.numpy(), gguf.quants.dequantize(expected, kind))
+        try:
+            wanted = gguf.quants.dequantize(expected, kind)
+        except NotImplementedError:  # gguf 0.19 has q1_0 as a name alone
+            wanted = dense64(torch.from_numpy(expected.copy()), ggml_fmt).float().numpy()
+        np.testing.assert_array_equal(values.numpy(), wanted)
         assert read.dequantize(torch.float16).dtype == torch.float16
 
 

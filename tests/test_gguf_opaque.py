@@ -228,7 +228,9 @@ def test_a_format_that_is_registered_makes_the_tensor_ordinary(
     name, block_elems, block_bytes = _BLOCKS.get(kind, ("newer", 16, 10))
     data = random.Random(0).randbytes(6 * block_bytes)
     path = save(file_with(kind, [3 * block_elems, 2], data))
-    fmt = formats.Format(name, kind, block_elems, block_bytes, lambda blocks: blocks.float())
+    fmt = formats.Format(
+        name, kind, block_elems, block_bytes, 1.0, False, lambda blocks: blocks.float()
+    )
     monkeypatch.setitem(formats._FORMATS, name, fmt)
     monkeypatch.setitem(formats._LOOKUP, name, fmt)
     monkeypatch.setitem(formats._LOOKUP, kind, fmt)

@@ -67,7 +67,9 @@ def test_matches_the_ggml_that_is_installed(ggml_fmt) -> None:
     if spec is None or spec.origin is None:
         pytest.skip("llama-cpp-python is not installed")
     library = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libggml-base.so"))
-    function = getattr(library, f"quantize_{ggml_fmt.name.replace('_k', '_K')}")
+    function = getattr(library, f"quantize_{ggml_fmt.name.replace('_k', '_K')}", None)
+    if function is None:
+        pytest.skip(f"that ggml is older than {ggml_fmt.name}")
     function.restype = ctypes.c_size_t
     for kind, x in quantize_cases.rows().items():
         for name, importance in quantize_cases.importances(x.shape[1]).items():
@@ -81,24 +83,16 @@ def test_matches_the_ggml_that_is_installed(ggml_fmt) -> None:
             assert not differ.any(), f"{kind}, importance {name}: {int(differ.sum())} rows"
 
 
-# The error that each format's number of bits allows on normally distributed weights, as mean
-# squared error over the mean square; measured 0.5-0.8 of these.
-NMSE = {
-    "q4_0": 1e-2, "q4_1": 9e-3, "q5_0": 2.7e-3, "q5_1": 2.1e-3, "q8_0": 4e-5, "q2_k": 1.2e-1,
-    "q3_k": 3.5e-2, "q4_k": 7.5e-3, "q5_k": 2e-3, "q6_k": 5e-4, "q4_0_f32": 1e-2,
-}  # fmt: skip
-
-
 def test_error_is_what_the_bits_allow(fmt) -> None:
     w = torch.randn(64, 1024)
     blocks = torch_q4.quantize(w, fmt)
     nmse = (dense64(blocks, fmt) - w).square().mean() / w.square().mean()
-    assert nmse <= NMSE[fmt.name]
+    assert 0.4 * fmt.quantize_error < nmse <= fmt.quantize_error
 
 
 def test_importance_moves_the_error_where_it_counts_less(fmt) -> None:
-    if fmt.name == "q8_0":
-        pytest.skip("ggml's q8_0 has nothing to weigh")
+    if not fmt.weighs_importance:
+        pytest.skip(f"ggml's {fmt.name} does not weigh")
     w = torch.randn(64, 1024)
     importance = torch.where(torch.arange(1024) % 8 == 0, 100.0, 0.01)
 

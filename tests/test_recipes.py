@@ -81,7 +81,8 @@ def test_layers(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", [recipe.name for recipe in recipes.all()])
 def test_output_embedding_and_norms(recipe: str) -> None:
     base = recipes.get(recipe).base.name
-    best = "q8_0" if recipe == "q8_0" else "q6_k"
+    base = {"mxfp4": "q8_0", "tq2_0": "q4_k"}.get(base, base)
+    best = "q8_0" if base == "q8_0" else "q6_k"
     facts = ModelFacts("qwen3", 2, 16, 8)
     types = recipes.choose(recipe, model_tensors(2), facts)
     assert name_of(types["output.weight"]) == best
@@ -105,6 +106,44 @@ def test_70b_models_get_more_for_values() -> None:
     assert set(chosen("q4_k_m", 80, "attn_v", ModelFacts("llama", 80, 64, 8))) == {"5", "6"}
 
 
+def names_of(recipe: str, leaf: str, facts: ModelFacts, **options) -> list[str]:
+    """The formats of a leaf's tensors, layer by layer."""
+    types = recipes.choose(recipe, model_tensors(facts.layers), facts, **options)
+    return [name_of(types[f"blk.{layer}.{leaf}.weight"]) for layer in range(facts.layers)]
+
+
+@pytest.mark.parametrize("mix", ["iq4_nl", "iq4_xs"])
+def test_codebook_formats_leave_some_tensors_to_q5_k(mix: str) -> None:
+    few, many = ModelFacts("llama", 18, 12, 4), ModelFacts("llama", 18, 16, 4)
+    assert names_of(mix, "attn_v", few) == [mix] * 18
+    assert names_of(mix, "attn_v", many) == ["q5_k"] * 18
+    assert names_of(mix, "ffn_down", many) == ["q5_k"] * 2 + [mix] * 16
+    assert names_of(mix, "ffn_down", many, has_importance=True) == [mix] * 18
+    for leaf in ("attn_q", "attn_k", "attn_output", "ffn_gate", "ffn_up"):
+        assert names_of(mix, leaf, many) == [mix] * 18
+    experts = ModelFacts("llama", 2, 16, 4, experts=8)
+    assert names_of(mix, "attn_v", experts) == names_of(mix, "attn_k", experts) == ["q8_0"] * 2
+    assert names_of(mix, "attn_output", experts) == ["q5_k"] * 2
+
+
+def test_the_ternary_format_is_everywhere_in_the_layers() -> None:
+    facts = ModelFacts("llama", 18, 16, 4)
+    for leaf in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        assert names_of("tq2_0", leaf, facts) == ["tq2_0"] * 18
+
+
+def test_mxfp4_moe_is_for_experts_alone() -> None:
+    facts = ModelFacts("llama", 1, 8, 2, experts=4)
+    shapes = {"ffn_down_exps": (4, 8, 256), "ffn_up_exps": (1, 8, 256), "ffn_gate": (8, 256),
+              "attn_v": (8, 256), "attn_output": (8, 256)}  # fmt: skip
+    tensors = [
+        TensorInfo(f"blk.0.{leaf}.weight", None, shape, torch.float32)
+        for leaf, shape in shapes.items()
+    ]
+    types = recipes.choose("mxfp4_moe", tensors, facts)
+    assert [name_of(kind) for kind in types.values()] == ["mxfp4"] + ["q8_0"] * 4
+
+
 def test_importance_changes_the_first_down_projections() -> None:
     assert chosen("q4_0", 18, "ffn_down", has_importance=True) == "aa" + "4" * 16
     assert chosen("q4_0", 18, "ffn_down") == "4" * 18
@@ -115,7 +154,8 @@ def test_importance_changes_the_first_down_projections() -> None:
     [
         ("q2_k", 288, "q4_0"), ("q3_k_s", 288, "q4_0"), ("q4_k_m", 288, "q5_0"),
         ("q5_k_m", 288, "q5_1"), ("q6_k", 288, "q8_0"), ("q4_0", 288, "q4_0"),
-        ("q4_k_m", 40, "float16"), ("q8_0", 40, "float16"),
+        ("q4_k_m", 40, "float16"), ("q8_0", 40, "float16"), ("iq4_xs", 288, "iq4_nl"),
+        ("tq2_0", 288, "q4_0"), ("iq4_nl", 288, "iq4_nl"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit(recipe: str, columns: int, expected: str) -> None:
@@ -150,7 +190,7 @@ def test_names() -> None:
     assert {recipe.name for recipe in recipes.all()} >= {
         "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q3_k_m", "q2_k",
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"type must be one of q2_k, .*, got 'q9'"):
+    with pytest.raises(ValueError, match=r"type must be one of tq2_0, .*, got 'q9'"):
         recipes.get("q9")
 
 
@@ -188,8 +228,12 @@ def test_fitting(fmt) -> None:
     assert recipes.fitting(fmt, 512) == fmt
     assert recipes.fitting(fmt, 40) is None
     shorter = recipes.fallback(fmt)
-    assert recipes.fitting(fmt, 288) == (fmt if fmt.block_elems == 32 else shorter)
-    assert (shorter is None) == (fmt.block_elems == 32)
+    assert recipes.fitting(fmt, 288) == (fmt if 288 % fmt.block_elems == 0 else shorter)
+    if fmt.block_elems == 256:
+        assert shorter is not None
+        assert shorter.block_elems == 32
+    else:
+        assert shorter is None
 
 
 def test_what_is_wanted_whether_or_not_it_fits() -> None:

@@ -327,7 +327,7 @@ def test_format_blocks() -> None:
     assert dataclasses.astuple(blocks["Q4_0"]) == (18, 32)
     assert dataclasses.astuple(blocks["Q2_K"]) == (84, 256)
     assert dataclasses.astuple(blocks["Q6_K"]) == (210, 256)
-    assert {block.elems for block in blocks.values()} == set(rocm_check.PART_ELEMS)
+    assert {block.elems for block in blocks.values()} >= {32, 256}
 
 
 def test_budget() -> None:

@@ -27,6 +27,10 @@ class Format:
         type_id: ggml's type number; negative for a format that GGUF files cannot hold.
         block_elems: elements in a block.
         block_bytes: bytes in a block.
+        quantize_error: mean squared error of quantising normally distributed weights, over their
+            mean square, that the bits of the format allow; what is measured is 0.5 to 0.9 of it.
+        weighs_importance: whether the quantiser asks for the importance of columns. Where ggml's
+            does not, neither does this one.
         reference: ``reference(blocks)`` decodes uint8 ``(..., block_bytes)`` to float32
             ``(..., block_elems)``, bit for bit as ggml does.
     """
@@ -35,6 +39,8 @@ class Format:
     type_id: int
     block_elems: int
     block_bytes: int
+    quantize_error: float = dataclasses.field(repr=False)
+    weighs_importance: bool = dataclasses.field(repr=False)
     reference: Callable[[Tensor], Tensor] = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -73,10 +79,16 @@ _LOOKUP: dict[str | int, Format] = {}
 
 
 def _register(
-    name: str, type_id: int, block_elems: int, block_bytes: int
+    name: str,
+    type_id: int,
+    *,
+    block_elems: int,
+    block_bytes: int,
+    error: float,
+    weighs: bool = True,
 ) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
     def decorate(reference: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        fmt = Format(name, type_id, block_elems, block_bytes, reference)
+        fmt = Format(name, type_id, block_elems, block_bytes, error, weighs, reference)
         _FORMATS[name] = _LOOKUP[name] = _LOOKUP[type_id] = fmt
         return reference
 
@@ -152,34 +164,34 @@ def _six_bit_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
     return scales.float(), mins.float()
 
 
-@_register("q4_0", type_id=2, block_elems=32, block_bytes=18)
+@_register("q4_0", 2, block_elems=32, block_bytes=18, error=1e-2)
 def _q4_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * (_nibbles(blocks[..., 2:18]).float() - 8)
 
 
-@_register("q4_1", type_id=3, block_elems=32, block_bytes=20)
+@_register("q4_1", 3, block_elems=32, block_bytes=20, error=9e-3)
 def _q4_1(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * _nibbles(blocks[..., 4:20]).float() + _half(blocks, 2)
 
 
-@_register("q5_0", type_id=6, block_elems=32, block_bytes=22)
+@_register("q5_0", 6, block_elems=32, block_bytes=22, error=2.7e-3)
 def _q5_0(blocks: Tensor) -> Tensor:
     codes = _nibbles(blocks[..., 6:22]) | (_fifth_bits(blocks, 2) << 4)
     return _half(blocks, 0) * (codes.float() - 16)
 
 
-@_register("q5_1", type_id=7, block_elems=32, block_bytes=24)
+@_register("q5_1", 7, block_elems=32, block_bytes=24, error=2.1e-3)
 def _q5_1(blocks: Tensor) -> Tensor:
     codes = _nibbles(blocks[..., 8:24]) | (_fifth_bits(blocks, 4) << 4)
     return _half(blocks, 0) * codes.float() + _half(blocks, 2)
 
 
-@_register("q8_0", type_id=8, block_elems=32, block_bytes=34)
+@_register("q8_0", 8, block_elems=32, block_bytes=34, error=4e-5, weighs=False)
 def _q8_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * blocks[..., 2:34].contiguous().view(torch.int8).float()
 
 
-@_register("q2_k", type_id=10, block_elems=256, block_bytes=84)
+@_register("q2_k", 10, block_elems=256, block_bytes=84, error=1.2e-1)
 def _q2_k(blocks: Tensor) -> Tensor:
     scales, codes = blocks[..., :16], blocks[..., 16:80]
     d, dmin = _half(blocks, 80), _half(blocks, 82)
@@ -187,7 +199,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
     return _grouped(codes, d * (scales & 0xF).float(), -(dmin * (scales >> 4).float()))
 
 
-@_register("q3_k", type_id=11, block_elems=256, block_bytes=110)
+@_register("q3_k", 11, block_elems=256, block_bytes=110, error=3.5e-2)
 def _q3_k(blocks: Tensor) -> Tensor:
     high, low, packed = blocks[..., :32], blocks[..., 32:96], blocks[..., 96:108]
     codes = _bits(low.unflatten(-1, (2, 32)), 2).flatten(-2) | (_bits(high, 1) << 2)
@@ -197,14 +209,14 @@ def _q3_k(blocks: Tensor) -> Tensor:
     return _grouped(codes.float() - 4, _half(blocks, 108) * (scales.float() - 32))
 
 
-@_register("q4_k", type_id=12, block_elems=256, block_bytes=144)
+@_register("q4_k", 12, block_elems=256, block_bytes=144, error=7.5e-3)
 def _q4_k(blocks: Tensor) -> Tensor:
     scales, mins = _six_bit_pairs(blocks[..., 4:16])
     codes = _nibbles(blocks[..., 16:144].unflatten(-1, (4, 32))).flatten(-2)
     return _grouped(codes, _half(blocks, 0) * scales, -(_half(blocks, 2) * mins))
 
 
-@_register("q5_k", type_id=13, block_elems=256, block_bytes=176)
+@_register("q5_k", 13, block_elems=256, block_bytes=176, error=2e-3)
 def _q5_k(blocks: Tensor) -> Tensor:
     scales, mins = _six_bit_pairs(blocks[..., 4:16])
     codes = _nibbles(blocks[..., 48:176].unflatten(-1, (4, 32))).flatten(-2)
@@ -212,7 +224,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
     return _grouped(codes, _half(blocks, 0) * scales, -(_half(blocks, 2) * mins))
 
 
-@_register("q6_k", type_id=14, block_elems=256, block_bytes=210)
+@_register("q6_k", 14, block_elems=256, block_bytes=210, error=5e-4)
 def _q6_k(blocks: Tensor) -> Tensor:
     low = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
     high = _bits(blocks[..., 128:192].unflatten(-1, (2, 32)), 2)
@@ -221,7 +233,65 @@ def _q6_k(blocks: Tensor) -> Tensor:
     return _grouped(codes.float() - 32, _half(blocks, 208) * scales)
 
 
-@_register("q4_0_f32", type_id=-2, block_elems=32, block_bytes=20)
+# Codebooks: ggml-common.h, kvalues_iq4nl and kvalues_mxfp4, the latter twice what E2M1 says.
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def _look_up(indices: Tensor, values: tuple[int, ...]) -> Tensor:
+    """Each index's value, as float32."""
+    table = torch.tensor(values, dtype=torch.float32, device=indices.device)
+    return table[indices.long()]
+
+
+@_register("iq4_nl", 20, block_elems=32, block_bytes=18, error=8e-3)
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _look_up(_nibbles(blocks[..., 2:18]), _IQ4_VALUES)
+
+
+@_register("iq4_xs", 23, block_elems=256, block_bytes=136, error=8e-3)
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    # Eight scales: the low four bits of each in bytes 4-7, the top two in bytes 2 and 3.
+    low = torch.stack([blocks[..., 4:8] & 0xF, blocks[..., 4:8] >> 4], dim=-1).flatten(-2)
+    high = torch.stack([blocks[..., 2:4] >> shift & 3 for shift in (0, 2, 4, 6)], -1).flatten(-2)
+    scales = _half(blocks, 0) * ((low | high << 4).float() - 32)
+    indices = _nibbles(blocks[..., 8:136].unflatten(-1, (8, 16))).flatten(-2)
+    return _grouped(_look_up(indices, _IQ4_VALUES), scales)
+
+
+@_register("tq2_0", 35, block_elems=256, block_bytes=66, error=8e-1, weighs=False)
+def _tq2_0(blocks: Tensor) -> Tensor:
+    codes = _bits(blocks[..., :64].unflatten(-1, (2, 32)), 2).flatten(-2)
+    return _half(blocks, 64) * (codes.float() - 1)
+
+
+@_register("mxfp4", 39, block_elems=32, block_bytes=17, error=2e-2, weighs=False)
+def _mxfp4(blocks: Tensor) -> Tensor:
+    # 2 ** (exponent - 128), whose two lowest are subnormal.
+    exponent = blocks[..., :1].int()
+    bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
+    return bits.view(torch.float32) * _look_up(_nibbles(blocks[..., 1:17]), _E2M1_VALUES)
+
+
+@_register("nvfp4", 40, block_elems=64, block_bytes=36, error=1.3e-2, weighs=False)
+def _nvfp4(blocks: Tensor) -> Tensor:
+    # Four scales of four exponent and three mantissa bits, halved. 0x7F is zero.
+    byte = blocks[..., :4].int()
+    magnitude = byte & 0x7F
+    normal = ((magnitude << 20) + (119 << 23)).view(torch.float32)
+    scales = torch.where(magnitude < 8, magnitude * 2.0**-10, normal).masked_fill(byte == 0x7F, 0)
+    indices = _nibbles(blocks[..., 4:36].unflatten(-1, (4, 8))).flatten(-2)
+    return _grouped(_look_up(indices, _E2M1_VALUES), scales)
+
+
+@_register("q1_0", 41, block_elems=128, block_bytes=18, error=5e-1, weighs=False)
+def _q1_0(blocks: Tensor) -> Tensor:
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    bits = (blocks[..., 2:18, None] >> shifts & 1).flatten(-2)
+    return _half(blocks, 0) * (2 * bits.float() - 1)
+
+
+@_register("q4_0_f32", -2, block_elems=32, block_bytes=20, error=1e-2)
 def _q4_0_f32(blocks: Tensor) -> Tensor:
     scale = blocks[..., :4].contiguous().view(torch.float32)
     packed = blocks[..., 4:20]

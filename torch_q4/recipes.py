@@ -54,7 +54,8 @@ class Recipe:
 
     def output(self, columns: int) -> Format:
         """What the output layer gets, and the embedding where it is that layer's weight, too."""
-        if columns % self.base.block_elems or self.base.name == "q8_0":
+        plain = self.base.name == "q8_0" or self.name == "mxfp4_moe"
+        if plain or columns % self.base.block_elems:
             return formats.get("q8_0")
         return formats.get("q6_k")
 
@@ -62,10 +63,14 @@ class Recipe:
 _RECIPES = {
     name: Recipe(name, file_type, formats.get(base))
     for name, file_type, base in (
+        ("tq2_0", 37, "tq2_0"),
         ("q2_k", 10, "q2_k"),
         ("q3_k_s", 11, "q3_k"),
         ("q3_k_m", 12, "q3_k"),
         ("q3_k_l", 13, "q3_k"),
+        ("mxfp4_moe", 38, "mxfp4"),
+        ("iq4_xs", 30, "iq4_xs"),
+        ("iq4_nl", 25, "iq4_nl"),
         ("q4_0", 2, "q4_0"),
         ("q4_1", 3, "q4_1"),
         ("q4_k_s", 14, "q4_k"),
@@ -81,7 +86,10 @@ _RECIPES = {
 _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 # What a tensor becomes whose rows are no whole number of the format's blocks.
-_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_FALLBACKS = {
+    "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
+    "iq4_xs": "iq4_nl", "tq2_0": "q4_0",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +272,8 @@ def wanted(
 def fitting(fmt: Format, columns: int) -> Format | None:
     """The format, or where its blocks do not fit, the one that llama.cpp takes instead.
 
-    q2_k and q3_k become q4_0, q4_k q5_0, q5_k q5_1 and q6_k q8_0, whose blocks are shorter.
+    q2_k, q3_k and tq2_0 become q4_0, q4_k q5_0, q5_k q5_1, q6_k q8_0 and iq4_xs iq4_nl, whose
+    blocks are shorter.
 
     Returns:
         None if the number of columns suits neither.
@@ -322,6 +331,10 @@ class _Rules:
         name = info.name
         if name == "output.weight" or (self.tied and name == "token_embd.weight"):
             return self.recipe.output(info.columns)
+        if self.recipe.name == "mxfp4_moe":  # experts, stacked in one tensor, and the rest
+            return formats.get("mxfp4" if len(info.shape) > 2 and info.shape[-3] > 1 else "q8_0")
+        if name == "token_embd.weight":
+            return formats.get("q4_k") if self.recipe.name == "tq2_0" else self.recipe.base
         if "attn_v.weight" in name or "attn_qkv.weight" in name:
             chosen = self.values(self.values_seen)
             self.values_seen += 1
@@ -357,6 +370,8 @@ class _Rules:
             chosen = "q6_k"
         elif mix == "q4_k_s" and index < 4:
             chosen = "q5_k"
+        elif mix in ("iq4_nl", "iq4_xs"):
+            chosen = "q5_k" if self.facts.queries_per_key >= 4 else None
         if self.facts.is_70b and (chosen or self.recipe.base.name) in ("q3_k", "q4_k"):
             chosen = "q5_k"
         return "q8_0" if self.experts == 8 else chosen
@@ -376,6 +391,8 @@ class _Rules:
         if layer < layers // 8:
             if mix == "q4_k_s":
                 return "q5_k"
+            if mix in ("iq4_nl", "iq4_xs") and not self.has_importance:
+                return "q5_k"
             # The first down projections can go astray with a symmetric format under importance.
             if self.has_importance and mix in ("q4_0", "q5_0"):
                 return "q4_1" if mix == "q4_0" else "q5_1"
@@ -384,8 +401,8 @@ class _Rules:
     def attention_output(self) -> str | None:
         mix = self.recipe.name
         if self.experts == 8:
-            few_bits = mix in ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m")
-            return "q5_k" if few_bits else None
+            few_bits = ("q2_k", "q3_k_s", "q3_k_m", "iq4_xs", "iq4_nl", "q4_k_s", "q4_k_m")
+            return "q5_k" if mix in few_bits else None
         return {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(mix)
 
 

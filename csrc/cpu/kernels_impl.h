@@ -217,17 +217,22 @@ struct PackedRows {
   const uint8_t* chunk(int index) const { return block + kStarts.at[index]; }
   Bytes line(int index) const { return load_bytes(chunk(index) + 16 * kLineRows * part); }
   Bytes fifth_bits(int index) const { return bits_to_16(chunk(index) + 2 * kLineRows * part); }
-  static Bytes interleave(Bytes even, Bytes odd, int segment) {
-    return segment == 0 ? interleave_low(even, odd) : interleave_high(even, odd);
-  }
   void halves(int index, float* out) const {
     const auto* from = reinterpret_cast<const uint16_t*>(chunk(index));
     for (int r = 0; r < 16; r += kLanes) store(out + r, load_half(from + r));
   }
   void floats(int index, float* out) const { std::memcpy(out, chunk(index), 64); }
-  Words words(int index) const {
+  Words words(int index) const { return integers<uint32_t>(index); }
+  Words halfwords(int index) const { return integers<uint16_t>(index); }
+  Words bytes(int index) const { return integers<uint8_t>(index); }
+
+ private:
+  template <class Integer>
+  Words integers(int index) const {
+    Integer of_row[16];
+    std::memcpy(of_row, chunk(index), sizeof(of_row));
     Words words;
-    std::memcpy(&words, chunk(index), sizeof(words));
+    for (int r = 0; r < 16; ++r) words.of_row[r] = of_row[r];
     return words;
   }
 };

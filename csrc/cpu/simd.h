@@ -93,8 +93,19 @@ inline Bytes operator>>(Bytes a, int bits) {
 inline Bytes operator<<(Bytes a, int bits) {
   return Bytes{_mm512_slli_epi16(a.v, static_cast<unsigned>(bits))} & (0xFF << bits & 0xFF);
 }
-inline Bytes interleave_low(Bytes a, Bytes b) { return {_mm512_unpacklo_epi8(a.v, b.v)}; }
-inline Bytes interleave_high(Bytes a, Bytes b) { return {_mm512_unpackhi_epi8(a.v, b.v)}; }
+// Each byte's entry in the table; bytes are below 16.
+inline Bytes look_up(Bytes codes, const Codebook& table) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.w));
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), codes.v)};
+}
+// Half 0 or 1 of each row's 16 bytes of a and of b: byte by byte in turns, or the one after the
+// other.
+inline Bytes interleave(Bytes a, Bytes b, int half) {
+  return {half == 0 ? _mm512_unpacklo_epi8(a.v, b.v) : _mm512_unpackhi_epi8(a.v, b.v)};
+}
+inline Bytes join(Bytes a, Bytes b, int half) {
+  return {half == 0 ? _mm512_unpacklo_epi64(a.v, b.v) : _mm512_unpackhi_epi64(a.v, b.v)};
+}
 
 // 16 in each byte whose bit is set: 16 bits, two bytes, a row.
 inline Bytes bits_to_16(const uint8_t* bits) {
@@ -247,8 +258,16 @@ inline Bytes operator>>(Bytes a, int bits) {
 inline Bytes operator<<(Bytes a, int bits) {
   return Bytes{_mm256_slli_epi16(a.v, bits)} & (0xFF << bits & 0xFF);
 }
-inline Bytes interleave_low(Bytes a, Bytes b) { return {_mm256_unpacklo_epi8(a.v, b.v)}; }
-inline Bytes interleave_high(Bytes a, Bytes b) { return {_mm256_unpackhi_epi8(a.v, b.v)}; }
+inline Bytes look_up(Bytes codes, const Codebook& table) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.w));
+  return {_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), codes.v)};
+}
+inline Bytes interleave(Bytes a, Bytes b, int half) {
+  return {half == 0 ? _mm256_unpacklo_epi8(a.v, b.v) : _mm256_unpackhi_epi8(a.v, b.v)};
+}
+inline Bytes join(Bytes a, Bytes b, int half) {
+  return {half == 0 ? _mm256_unpacklo_epi64(a.v, b.v) : _mm256_unpackhi_epi64(a.v, b.v)};
+}
 
 inline Bytes bits_to_16(const uint8_t* bits) {
   uint32_t mask;
@@ -391,16 +410,27 @@ inline Bytes operator|(Bytes a, Bytes b) { return {a.v | b.v}; }
 inline Bytes operator^(Bytes a, int mask) { return {a.v ^ static_cast<uint8_t>(mask)}; }
 inline Bytes operator>>(Bytes a, int bits) { return {a.v >> static_cast<uint8_t>(bits)}; }
 inline Bytes operator<<(Bytes a, int bits) { return {a.v << static_cast<uint8_t>(bits)}; }
-inline Bytes interleave(Bytes a, Bytes b, int start) {
+inline Bytes look_up(Bytes codes, const Codebook& table) {
+  Bytes result;
+  for (int i = 0; i < 16; ++i) result.v[i] = table[codes.v[i]];
+  return result;
+}
+inline Bytes interleave(Bytes a, Bytes b, int half) {
   Bytes result;
   for (int i = 0; i < 8; ++i) {
-    result.v[2 * i] = a.v[start + i];
-    result.v[2 * i + 1] = b.v[start + i];
+    result.v[2 * i] = a.v[8 * half + i];
+    result.v[2 * i + 1] = b.v[8 * half + i];
   }
   return result;
 }
-inline Bytes interleave_low(Bytes a, Bytes b) { return interleave(a, b, 0); }
-inline Bytes interleave_high(Bytes a, Bytes b) { return interleave(a, b, 8); }
+inline Bytes join(Bytes a, Bytes b, int half) {
+  Bytes result;
+  for (int i = 0; i < 8; ++i) {
+    result.v[i] = a.v[8 * half + i];
+    result.v[8 + i] = b.v[8 * half + i];
+  }
+  return result;
+}
 
 inline Bytes bits_to_16(const uint8_t* bits) {
   uint16_t mask;

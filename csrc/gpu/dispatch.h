@@ -89,7 +89,7 @@ constexpr PairedCut paired_cut(int64_t m, int64_t n, int64_t k, int block_elems,
                                int multiprocessors) {
   constexpr int64_t kMostSplits = 8;
   // Of 128 elements of K, by what decoding takes: scales of K-quants, codes of more than four bits.
-  const bool large = block_elems == 256, wide = block_bytes * 8 > 5 * block_elems;
+  const bool large = part_elems(block_elems) == 64, wide = block_bytes * 8 > 5 * block_elems;
   const int64_t step_times[kPairedWidths] = {
       large ? (wide ? 1120 : 1010) : (wide ? 960 : 880),
       large ? (wide ? 1610 : 1480) : (wide ? 1490 : 1420),
@@ -116,7 +116,8 @@ constexpr PairedCut paired_cut(int64_t m, int64_t n, int64_t k, int block_elems,
 }
 
 constexpr int64_t blas_time(int64_t m, int64_t n, int64_t k, int block_elems) {
-  const int64_t dequantising = n * k / (block_elems == 256 ? 1000 : 1100), reading = n * k / 1500;
+  const int64_t dequantising = n * k / (part_elems(block_elems) == 64 ? 1000 : 1100),
+                reading = n * k / 1500;
   const int64_t multiplying = static_cast<int64_t>(static_cast<double>(m) * n * k / 375000);
   return 2000 + dequantising + (reading > multiplying ? reading : multiplying);
 }

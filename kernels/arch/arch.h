@@ -52,6 +52,23 @@ TORCH_Q4_HOST_DEVICE inline uint32_t expand_4_bits(uint32_t bits) {
 // Byte i of out[32] is 16 where bit i of `bits` is set, else 0.
 TORCH_Q4_HOST_DEVICE inline void expand_to_16(uint32_t bits, uint8_t* out);
 
+// A table of 16 bytes, the entries of a codebook, four in a word, the first lowest.
+struct Codebook {
+  uint32_t w[4];
+
+  TORCH_Q4_HOST_DEVICE constexpr uint8_t operator[](int index) const {
+    return static_cast<uint8_t>(w[index / 4] >> index % 4 * 8);
+  }
+};
+// That of `values`, each plus `offset`: what unpacking takes for a code, which is never negative.
+TORCH_Q4_HOST_DEVICE constexpr Codebook make_codebook(const int (&values)[16], int offset) {
+  Codebook table = {};
+  for (int i = 0; i < 16; ++i) {
+    table.w[i / 4] |= static_cast<uint32_t>((values[i] + offset) & 0xFF) << i % 4 * 8;
+  }
+  return table;
+}
+
 // Byte `index` of a word as a number.
 TORCH_Q4_HOST_DEVICE inline float byte_to_float(uint32_t word, int index);
 

@@ -52,6 +52,14 @@ TORCH_Q4_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t over) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(over));
   return result;
 }
+// A selector has four bits a byte, of which the fourth does not choose among 16: the two halves of
+// the table are looked up apart.
+TORCH_Q4_DEVICE uint32_t look_up_4(uint32_t codes, const Codebook& table) {
+  const uint32_t four = __byte_perm(codes | codes >> 4, 0, 0x4420);
+  const uint32_t low = __byte_perm(table.w[0], table.w[1], four & 0x7777);
+  const uint32_t high = __byte_perm(table.w[2], table.w[3], four & 0x7777);
+  return __byte_perm(low, high, (four >> 1 & 0x4444) | 0x3210);
+}
 TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), acc);
 }

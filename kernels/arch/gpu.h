@@ -56,6 +56,9 @@ TORCH_Q4_DEVICE uint32_t shift_words(uint32_t low, uint32_t high, uint32_t bits)
 // word & mask | over, in one instruction. (nvcc makes two of it where both are constants.)
 TORCH_Q4_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t over);
 
+// Of each of the four bytes of `codes`, all below 16, the table's entry.
+TORCH_Q4_DEVICE uint32_t look_up_4(uint32_t codes, const Codebook& table);
+
 // acc + sum of the products of four signed bytes.
 TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc);
 

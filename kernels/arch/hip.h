@@ -57,6 +57,12 @@ TORCH_Q4_DEVICE uint32_t shift_words(uint32_t low, uint32_t high, uint32_t bits)
 TORCH_Q4_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t over) {
   return (word & mask) | over;
 }
+TORCH_Q4_DEVICE uint32_t look_up_4(uint32_t codes, const Codebook& table) {
+  const uint32_t place = codes & 0x07070707u;
+  const uint32_t low = __builtin_amdgcn_perm(table.w[1], table.w[0], place);
+  const uint32_t high = __builtin_amdgcn_perm(table.w[3], table.w[2], place);
+  return __builtin_amdgcn_perm(high, low, (codes >> 1 & 0x04040404u) | 0x03020100u);
+}
 TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc) {
 #if defined(__GFX11__) || defined(__GFX12__)
   return __builtin_amdgcn_sudot4(true, static_cast<int>(a), true, static_cast<int>(b), acc, false);

@@ -42,7 +42,7 @@ struct Q4_0_F32 {
   template <class Rows>
   TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
     const auto line = rows.line(0);
-    return rows.interleave(line & 0xF, line >> 4, segment);
+    return interleave(line & 0xF, line >> 4, segment);
   }
 
   template <class Rows>

@@ -14,14 +14,17 @@
 //                            the same as unpack, of 16 packed rows at once: the codes of elements
 //                            16 segment to 16 segment + 15, and [group][row] scales and shifts.
 //                            `rows` reads chunks by their number: line(i) is a 16-byte one as byte
-//                            vectors, halves(i, out), floats(i, out) and words(i) are 16 rows' 2-
-//                            or 4-byte ones, fifth_bits(i) has 16 where a bit of a 2-byte one is
-//                            set
+//                            vectors, halves(i, out) and floats(i, out) are 16 rows' 2- or 4-byte
+//                            ones as numbers, words(i), halfwords(i) and bytes(i) those of 4, 2 or
+//                            1 bytes as they are, fifth_bits(i) has 16 where a bit of a 2-byte one
+//                            is set. look_up(codes, table) is each code's entry in a codebook,
+//                            interleave and join(low, high, half) put 8 and 8 bytes together
 //   part_scales(row, part, scales, shifts)
-//                            of one row, what a GPU's thread decodes at a time: of a block of 256,
-//                            part 0 to 3 is segments 8 (part / 2) + part % 2 + {0, 2, 4, 6}, with a
-//                            scale and shift each; a block of 32 is one part with one of each.
-//                            `row` reads chunks by their number: half<i>() and word<i>()
+//                            of one row, what a GPU's thread decodes at a time: of a block of 128
+//                            or 256, part p is segments 8 (p / 2) + p % 2 + {0, 2, 4, 6}; a block
+//                            of 64 is one part, too, all with a scale and shift for each of four
+//                            segments; a block of 32 is one part with one of each. `row` reads
+//                            chunks by their number: half<i>(), word<i>(), halfword<i>(), byte<i>()
 //   quantize_row(x, importance, blocks, n)
 //                            n floats to n / kBlockElems blocks; importance is null or n weights.
 //                            csrc/cpu/quantizers.h may have the same for many blocks at a time
@@ -30,6 +33,11 @@
 // torch_q4/formats.py. Every kernel and test follows from the list.
 #pragma once
 
+#include "iq4_nl.h"
+#include "iq4_xs.h"
+#include "mxfp4.h"
+#include "nvfp4.h"
+#include "q1_0.h"
 #include "q2_k.h"
 #include "q3_k.h"
 #include "q4_0.h"
@@ -41,6 +49,7 @@
 #include "q5_k.h"
 #include "q6_k.h"
 #include "q8_0.h"
+#include "tq2_0.h"
 
 #define TORCH_Q4_FORMATS(X) \
   X(Q4_0)                   \
@@ -53,4 +62,10 @@
   X(Q4_K)                   \
   X(Q5_K)                   \
   X(Q6_K)                   \
+  X(IQ4_NL)                 \
+  X(IQ4_XS)                 \
+  X(TQ2_0)                  \
+  X(MXFP4)                  \
+  X(NVFP4)                  \
+  X(Q1_0)                   \
   X(Q4_0_F32)

@@ -95,7 +95,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def part_elems(block_elems: int) -> int:
-    return 64 if block_elems == 256 else 32
+    return min(block_elems, 64)
 
 
 def dequantize_grid(a: Any, block_elems: int) -> Grid:
@@ -130,11 +130,11 @@ def staged_threads(columns: int) -> int:
 
 
 def staged_offset(block_elems: int, offset: int) -> int:
-    return offset + offset // (1024 if block_elems == 256 else 8192) * 64
+    return offset + offset // (1024 if block_elems == STAGED_UNIT else 8192) * 64
 
 
 def staged_block_bytes(block_elems: int, block_bytes: int) -> int:
-    return ceil_div(staged_offset(block_elems, GROUP_ROWS * block_bytes - 16) + 16, 32) * 32
+    return staged_offset(block_elems, GROUP_ROWS * block_bytes - 16) + 16
 
 
 def staged_shared_bytes(a: Any, columns: int, block_elems: int, block_bytes: int) -> int:
@@ -150,7 +150,7 @@ def staged_grid(a: Any, columns: int) -> Grid:
 
 
 def paired_unit(block_elems: int) -> int:
-    return STAGED_UNIT if block_elems == 256 else STAGED_UNIT // 2
+    return STAGED_UNIT if part_elems(block_elems) == 64 else STAGED_UNIT // 2
 
 
 def paired_x_bytes(columns: int) -> int:

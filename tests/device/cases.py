@@ -267,9 +267,8 @@ class Shape:
 
 def _widths(fmt: Format, size: int) -> tuple[int, int, int]:
     """K of one block, of an odd number of blocks, and more than a block of threads has at once."""
-    if fmt.block_elems == 32:
-        return 32, 160, 4128 * size
-    return 256, 768, 4352 * size
+    one = fmt.block_elems
+    return one, (5 if one < 256 else 3) * one, (4096 + one) * size
 
 
 def _row_shapes(fmt: Format, columns: int, size: int) -> list[Shape]:
@@ -520,7 +519,7 @@ def _staged(
 ) -> None:
     start = functools.partial(_staged_launcher, session, function, fmt, columns)
     # Several units of K, the last one with a single block where blocks are small.
-    k = 1280 + 32 * (fmt.block_elems == 32)
+    k = 1280 + fmt.block_elems % 256
     for number, (groups, stages, splits) in enumerate(
         ((1, 2, 1), (3, 4, 1), (8, 2, 1), (1, 4, 3), (3, 2, 3), (8, 4, 3))
     ):
@@ -547,7 +546,7 @@ def _paired(
 ) -> None:
     start = functools.partial(_paired_launcher, session, function, fmt, columns)
     # Several units of K, the last one with a single block where blocks are small.
-    k = 1280 + 32 * (fmt.block_elems == 32)
+    k = 1280 + fmt.block_elems % 256
     # Rows end in either block of a pair, in a tile's middle or with it. Few multiprocessors make
     # blocks take several tiles, whose stages follow each other through the rings.
     for number, (stages, splits, multiprocessors, m, rows) in enumerate((
@@ -579,7 +578,7 @@ def _one_hot_tiles(
     launch: Launch,
 ) -> None:
     one, odd, _ = _widths(fmt, 1)
-    for k in sorted({one, odd if one == 32 else one, 256}):
+    for k in sorted({one, odd if one < 256 else one, 256}):
         # Column p of tile t selects element t + 7 p: over K tiles each column selects each.
         tile, column = np.divmod(np.arange(k * columns), columns)
         chosen = (tile + 7 * column) % k
@@ -618,6 +617,8 @@ def _nan_row(
     session: Session, rng: np.random.Generator, fmt: Format, dtype: Float, launch: Launch
 ) -> None:
     """A row whose scales are NaN, all bits of their mantissas set, gives NaN, and no other does."""
+    if fmt.name == "nvfp4":
+        return  # all its scales are numbers
     weight = make_weight(fmt, args.GROUP_ROWS, 256, rng)
     weight.blocks[5] = 0xFF
     shape = Shape(weight.n, weight.k, 3, 0, weight.n, True, False)
@@ -770,6 +771,15 @@ def _transposed(
         session.release()
 
 
+def _staged_segment(block_elems: int, lane: int, quarter: int) -> int:
+    """Which of a unit's 16 segments a lane multiplies in a quarter of the unit's work."""
+    if block_elems == 32:
+        return quarter // 2 * 8 + lane * 2 + quarter % 2
+    if block_elems == 64:
+        return lane * 4 + quarter
+    return lane // 2 * 8 + lane % 2 + quarter * 2
+
+
 def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
     """Elements of two bytes (m, k) as kernels/paired.h wants them, and 0xFFFF past the last column.
 
@@ -781,10 +791,7 @@ def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
     whole[:, :k] = x
     # An instruction multiplies a step, four elements, of the segments that four lanes have in a
     # quarter of a unit; first the first and third of each four, then the others.
-    if block_elems == 256:
-        segments = [[lane // 2 * 8 + lane % 2 + q * 2 for lane in range(4)] for q in range(4)]
-    else:
-        segments = [[q // 2 * 8 + lane * 2 + q % 2 for lane in range(4)] for q in range(4)]
+    segments = [[_staged_segment(block_elems, lane, q) for lane in range(4)] for q in range(4)]
     parts = whole.reshape(m, units, 16, 4, 2, 2)[:, :, segments]
     # From (column, unit, quarter, lane, step, pair, half).
     ordered = parts.transpose(1, 2, 4, 6, 0, 3, 5).reshape(units * 32, m, 8)
@@ -797,7 +804,7 @@ def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
 
 def _arrange(session: Session, function: int, rng: np.random.Generator, size: int) -> None:
     for columns in args.PAIRED_COLUMNS:
-        for block_elems in (32, 256):
+        for block_elems in (32, 64, 128, 256):
             for m, k in (
                 (1, 32),
                 (7, 288),

@@ -251,10 +251,12 @@ def arranged_elements(k: int, block_elems: int) -> Tensor:
     """Which elements of a column lie where, (units * 32, 8): see ``cases._arranged``."""
     shape = (args.ceil_div(k, args.STAGED_UNIT), 4, 4, 2, 4, 2)
     unit, quarter, step, half, lane, pair = np.indices(shape)
-    if block_elems == 256:
-        segment = quarter * 2 + lane % 2 + lane // 2 * 8
-    else:
+    if block_elems == 32:
         segment = quarter % 2 + lane * 2 + quarter // 2 * 8
+    elif block_elems == 64:
+        segment = quarter + lane * 4
+    else:
+        segment = quarter * 2 + lane % 2 + lane // 2 * 8
     element = unit * args.STAGED_UNIT + segment * 16 + step * 4 + pair * 2 + half
     return torch.from_numpy(element.reshape(-1, 8))
 

@@ -41,7 +41,7 @@ def kernels_here(dtype: torch.dtype, packed: bool) -> list[str]:
 def shapes(fmt: formats.Format) -> list[tuple[int, int]]:
     """(N, K): odd N, and K that is no whole number of anything."""
     return [(1, 256), (37, 768), (130, 512), (5, 2048), (1041, 1280)] + (
-        [(33, 32), (7, 736)] if fmt.block_elems == 32 else []
+        [(33, fmt.block_elems), (7, 23 * fmt.block_elems)] if fmt.block_elems < 256 else []
     )
 
 
@@ -131,8 +131,8 @@ def test_kernels_for_hopper(fmt, dtype, kernel, rows) -> None:
     """As in test_each_kernel, with K split and not, blocks of every size, and the same twice."""
     if kernel not in kernels_here(dtype, True):
         pytest.skip("for other dtypes or devices")
-    small = fmt.block_elems == 32
-    for n, k in ((37, 1280 + 32 * small), (2073, 1280 + 32 * small), (8455, 768 - 32 * small)):
+    more = fmt.block_elems % 256
+    for n, k in ((37, 1280 + more), (2073, 1280 + more), (8455, 768 - more)):
         _, packed, w = weight(fmt, n, k)
         dense = w.to(dtype)
         for m in rows:

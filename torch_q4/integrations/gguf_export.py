@@ -59,8 +59,17 @@ _WEIGHTS = "model.safetensors"
 _LAYER_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 _Item = TypeVar("_Item")
 
-# The recipe whose file type describes a file that is mostly of one format.
-_FILE_TYPES = {"q2_k": 10, "q3_k": 12, "q4_k": 15, "q5_k": 17} | {
+# The recipe whose file type describes a file that is mostly of one format; some have no recipe here
+# (llama.h, llama_ftype).
+_FILE_TYPES = {
+    "q2_k": 10,
+    "q3_k": 12,
+    "q4_k": 15,
+    "q5_k": 17,
+    "mxfp4": 38,
+    "nvfp4": 39,
+    "q1_0": 40,
+} | {
     recipe.base.name: recipe.file_type
     for recipe in recipes.all()
     if recipe.name == recipe.base.name and recipe.name != "q2_k"
