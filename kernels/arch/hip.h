@@ -1,4 +1,5 @@
 // hipcc, and what AMD's architectures have: __GFX9__ is GCN and CDNA, __GFX10__ to __GFX12__ RDNA.
+// Without __AMDGCN__ tests/device/emulate.py compiles it for a CPU.
 #pragma once
 
 #include <hip/hip_runtime.h>
@@ -38,7 +39,9 @@ TORCH_Q4_HOST_DEVICE inline float byte_to_float(uint32_t word, int index) {
 
 TORCH_Q4_DEVICE void schedule_fence() { __builtin_amdgcn_sched_barrier(0); }
 TORCH_Q4_DEVICE int64_t recomputed(int64_t value) {
+#if defined(__AMDGCN__)
   asm volatile("" : "+s"(value));
+#endif
   return value;
 }
 TORCH_Q4_DEVICE int same_in_wave(int value) { return __builtin_amdgcn_readfirstlane(value); }
@@ -77,7 +80,9 @@ constexpr int kCodeBias = 0;
 template <int kBits>
 TORCH_Q4_DEVICE uint32_t prepare_codes(uint32_t word) {
   // Otherwise LLVM takes each byte out of what the mask before was put on, an instruction more.
+#if defined(__AMDGCN__)
   asm("" : "+v"(word));
+#endif
   return word;
 }
 template <int kIndex, int kBits>
@@ -89,7 +94,9 @@ TORCH_Q4_DEVICE float code_to_float(uint32_t word) {
 // -0 into +0.
 TORCH_Q4_DEVICE float signed_product(float a, float b) {
   float product = a * b;
+#if defined(__AMDGCN__)
   asm("" : "+v"(product));
+#endif
   return product;
 }
 
