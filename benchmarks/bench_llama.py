@@ -129,11 +129,16 @@ class Shape:
 
 @functools.lru_cache(maxsize=8)
 def pool(format_name: str, sigma: float) -> Tensor:
-    """Quantised blocks of values from N(0, sigma^2), on the CPU: ``(POOL_BLOCKS, block_bytes)``."""
+    """Quantised blocks of normal values, on the CPU: ``(POOL_BLOCKS, block_bytes)``.
+
+    The variance of what they stand for is sigma^2: one bit alone keeps two thirds of a variance,
+    which larger values make up for.
+    """
     fmt = formats.get(format_name)
     generator = torch.Generator().manual_seed(SEED)
     values = sigma * torch.randn(POOL_BLOCKS, fmt.block_elems, generator=generator)
-    return torch_q4.quantize(values, fmt)
+    kept = torch_q4.dequantize(torch_q4.quantize(values, fmt), fmt).std() / values.std()
+    return torch_q4.quantize(values / kept, fmt)
 
 
 class Maker:
