@@ -1,6 +1,6 @@
-// The codebooks of four bits: the 16 values that an index stands for, and the codes that `unpack`
-// gives for them. A codebook is constants of the code instead of an array, since a GPU's code
-// cannot index a host's array.
+// The codebooks of four bits: the 16 values that an index stands for, and as tables the codes that
+// are unpacked for these values. A table comes from a function, since code for a GPU cannot read a
+// variable of the host.
 #pragma once
 
 #include "../arch/arch.h"
