@@ -136,6 +136,20 @@ TORCH_Q4_DEVICE Bytes join(const Bytes& low, const Bytes& high, int half) {
            choose(high.w[1], high.w[3])}};
 }
 
+// What formats/codebooks.h has for every line.
+TORCH_Q4_DEVICE Bytes look_up_nibbles(const Bytes& line, int half, const Codebook& table) {
+  return map_words([&](int i) { return look_up_nibbles_4(line.w[i], half, table); });
+}
+TORCH_Q4_DEVICE Bytes look_up_nibbles(const Fields& line, int half, const Codebook& table) {
+  return look_up_nibbles(line.codes(), half, table);
+}
+TORCH_Q4_DEVICE Bytes look_up_joined(const Bytes& line, int half, const Codebook& table) {
+  return join(look_up_nibbles(line, 0, table), look_up_nibbles(line, 1, table), half);
+}
+TORCH_Q4_DEVICE Bytes look_up_joined(const Fields& line, int half, const Codebook& table) {
+  return look_up_joined(line.codes(), half, table);
+}
+
 // The largest power of two that divides what kOffsets is the bitwise or of.
 template <int kOffsets>
 constexpr int kAlignment = kOffsets & -kOffsets;

@@ -60,6 +60,22 @@ TORCH_Q4_DEVICE uint32_t look_up_4(uint32_t codes, const Codebook& table) {
   const uint32_t high = __byte_perm(table.w[2], table.w[3], four & 0x7777);
   return __byte_perm(low, high, (four >> 1 & 0x4444) | 0x3210);
 }
+// The compiler's own word for the instruction: __byte_perm masks the selector, and of two copies of
+// inline assembly it does not make one.
+TORCH_Q4_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  return __nvvm_prmt(low, high, selector);
+}
+// Nibbles are selectors as they lie, so that half as many instructions look up all eight of a word:
+// what is common to both halves the compiler makes once.
+TORCH_Q4_DEVICE uint32_t look_up_nibbles_4(uint32_t word, int half, const Codebook& table) {
+  const uint32_t place = word & 0x77777777u, part = (word >> 1 & 0x44444444u) | 0x32103210u;
+  const auto of_two_bytes = [&](int shift) {
+    const uint32_t low = permute(table.w[0], table.w[1], place >> shift);
+    const uint32_t high = permute(table.w[2], table.w[3], place >> shift);
+    return permute(low, high, part >> shift);
+  };
+  return __byte_perm(of_two_bytes(0), of_two_bytes(16), half == 0 ? 0x6420 : 0x7531);
+}
 TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc) {
   return __dp4a(static_cast<int>(a), static_cast<int>(b), acc);
 }

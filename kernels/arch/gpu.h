@@ -58,6 +58,8 @@ TORCH_Q4_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t over);
 
 // Of each of the four bytes of `codes`, all below 16, the table's entry.
 TORCH_Q4_DEVICE uint32_t look_up_4(uint32_t codes, const Codebook& table);
+// The same of the low (half 0) or high (1) nibble of each byte of a word.
+TORCH_Q4_DEVICE uint32_t look_up_nibbles_4(uint32_t word, int half, const Codebook& table);
 
 // acc + sum of the products of four signed bytes.
 TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc);

@@ -66,6 +66,9 @@ TORCH_Q4_DEVICE uint32_t look_up_4(uint32_t codes, const Codebook& table) {
   const uint32_t high = __builtin_amdgcn_perm(table.w[3], table.w[2], place);
   return __builtin_amdgcn_perm(high, low, (codes >> 1 & 0x04040404u) | 0x03020100u);
 }
+TORCH_Q4_DEVICE uint32_t look_up_nibbles_4(uint32_t word, int half, const Codebook& table) {
+  return look_up_4(word >> 4 * half & 0x0F0F0F0Fu, table);
+}
 TORCH_Q4_DEVICE int32_t dot4(uint32_t a, uint32_t b, int32_t acc) {
 #if defined(__GFX11__) || defined(__GFX12__)
   return __builtin_amdgcn_sudot4(true, static_cast<int>(a), true, static_cast<int>(b), acc, false);

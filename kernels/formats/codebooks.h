@@ -7,6 +7,18 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
+// The entries for the low (half 0) or high (1) nibbles of 16 bytes, where whoever wants one half
+// wants the other one, too: byte vectors may have a quicker way for both together.
+template <class Line>
+TORCH_Q4_HOST_DEVICE auto look_up_nibbles(const Line& line, int half, const Codebook& table) {
+  return look_up(half == 0 ? line & 0xF : line >> 4, table);
+}
+// Of eight bytes (half 0: the first), those for the low nibbles and then those for the high ones.
+template <class Line>
+TORCH_Q4_HOST_DEVICE auto look_up_joined(const Line& line, int half, const Codebook& table) {
+  return look_up(join(line & 0xF, line >> 4, half), table);
+}
+
 // IQ4_NL and IQ4_XS (ggml-common.h, kvalues_iq4nl): denser around zero, as weights are.
 constexpr int kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                 1,    13,   25,  38,  53,  69,  89,  113};

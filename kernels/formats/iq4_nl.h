@@ -35,8 +35,7 @@ struct IQ4_NL {
 
   template <class Rows>
   TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
-    const auto line = rows.line(0);
-    return look_up(segment == 0 ? line & 0xF : line >> 4, iq4_codebook());
+    return look_up_nibbles(rows.line(0), segment, iq4_codebook());
   }
 
   template <class Rows>

@@ -43,8 +43,7 @@ struct MXFP4 {
 
   template <class Rows>
   TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
-    const auto line = rows.line(0);
-    return look_up(segment == 0 ? line & 0xF : line >> 4, e2m1_codebook());
+    return look_up_nibbles(rows.line(0), segment, e2m1_codebook());
   }
 
   template <class Rows>

@@ -50,8 +50,7 @@ struct NVFP4 {
 
   template <class Rows>
   TORCH_Q4_HOST_DEVICE static auto packed_codes(const Rows& rows, int segment) {
-    const auto line = rows.line(segment / 2);
-    return look_up(join(line & 0xF, line >> 4, segment % 2), e2m1_codebook());
+    return look_up_joined(rows.line(segment / 2), segment % 2, e2m1_codebook());
   }
 
   template <class Rows>
