@@ -91,19 +91,21 @@ RULES = (
     Rule("*", EVERY, "vgpr_spills", most=0, why="registers spill to memory"),
     Rule("*", EVERY, "sgpr_spills", most=0, why="registers spill to memory"),
     Rule("*", EVERY, "scratch", most=0, why="bytes of scratch memory a lane"),
-    Rule("mat*_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
-    Rule("mat*_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"),
-    Rule("matvec_*", EVERY, "registers", most=128, why="too few waves hide memory's latency"),
-    Rule("matvec_*", CDNA_2, "occupancy", least=4, why="too few waves hide memory's latency"),
+    Rule("rows_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
+    Rule("tiles_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
+    Rule("rows_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"),
+    Rule("tiles_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"),
+    Rule("rows_*", EVERY, "registers", most=128, why="too few waves hide memory's latency"),
+    Rule("rows_*", CDNA_2, "occupancy", least=4, why="too few waves hide memory's latency"),
     # Their SIMD units have half the registers: four waves of 64.
-    Rule("matvec_*", CDNA_1, "occupancy", least=2, why="too few waves hide memory's latency"),
-    Rule("matvec_f16_*", EVERY, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
-    Rule("matvec_int8_*", EVERY, "dot4", least=1, why="no v_dot4"),
-    Rule("matmul_f16_*", CDNA, "mfma", least=1, why="no v_mfma"),
-    Rule("matmul_bf16_*", CDNA, "mfma", least=1, why="no v_mfma"),
-    Rule("matmul_f16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
-    Rule("matmul_bf16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
-    Rule("matmul_f16_*", WITHOUT_MATRIX, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
+    Rule("rows_*", CDNA_1, "occupancy", least=2, why="too few waves hide memory's latency"),
+    Rule("rows_f16_*", EVERY, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
+    Rule("rows_int8_*", EVERY, "dot4", least=1, why="no v_dot4"),
+    Rule("tiles_f16_*", CDNA, "mfma", least=1, why="no v_mfma"),
+    Rule("tiles_bf16_*", CDNA, "mfma", least=1, why="no v_mfma"),
+    Rule("tiles_f16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
+    Rule("tiles_bf16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
+    Rule("tiles_f16_*", WITHOUT_MATRIX, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
 )
 
 # Instructions that are counted, by the beginning of an operation's name. gfx11 and later may put
@@ -150,7 +152,7 @@ LOAD_BYTES = {
     1: r"byte|[biu]8",
 }
 
-# Elements of a block that one lane of matvec.h reads in a turn: all, but no more than this
+# Elements of a block that one lane of linear/rows.h reads in a turn: all, but no more than this
 # (part_elems of arguments.h).
 MOST_PART_ELEMS = 64
 
@@ -205,10 +207,10 @@ def budget(device: Device, bytes_per_weight: float) -> float:
 
 # Kernels of the Markdown table, and those that --mca asks llvm-mca about.
 TABLE_KERNELS = (
-    "matvec_f16_1", "matvec_f16_4", "matvec_int8_1", "matmul_f16_16", "matmul_f16_64",
-    "staged_f16_*",
+    "rows_f16_1", "rows_f16_4", "rows_int8_1", "tiles_f16_16", "tiles_f16_64",
+    "hopper_rows_f16_*",
 )  # fmt: skip
-MCA_KERNELS = ("matvec_f16_1", "matmul_f16_16")
+MCA_KERNELS = ("rows_f16_1", "tiles_f16_16")
 
 # Clocks in a cycle of LLVM's model: that of gfx9 counts an instruction's four turns as one.
 MCA_CLOCKS = {"gfx942": 4, "gfx1100": 1}
@@ -297,7 +299,7 @@ class Kernel:
             return None
         if self.loop.products:
             return self.loop.products / self.columns
-        if self.name.startswith("matvec_") and self.unit in format_blocks():
+        if self.name.startswith("rows_") and self.unit in format_blocks():
             return min(format_blocks()[self.unit].elems, MOST_PART_ELEMS)
         return None
 

@@ -5,16 +5,16 @@
 //
 //     dequantize               DequantizeArgs   dequantize_grid
 //     embedding                EmbeddingArgs    embedding_grid
-//     element_T                LinearArgs       element_grid
-//     matvec_T_C               LinearArgs       rows_grid, C columns a block
-//     matvec_int8_C            LinearArgs       rows_grid, C columns a block
-//     matmul_T_C               LinearArgs       rows_grid, C columns a block; T is f16 or bf16;
+//     reference_T                LinearArgs       reference_grid
+//     rows_T_C               LinearArgs       rows_grid, C columns a block
+//     rows_int8_C            LinearArgs       rows_grid, C columns a block
+//     tiles_T_C               LinearArgs       rows_grid, C columns a block; T is f16 or bf16;
 //                                               packed rows only, a multiple of 16 of them
-//     staged_T_C               StagedArgs       staged_grid, C columns a block; likewise
-//     paired_T_C               PairedArgs       paired_grid, C columns a block; likewise
-//     transposed               TransposedArgs   transposed_grid
-//     pack, unpack             RepackArgs       repack_grid
-//     quantize                 QuantizeArgs     quantize_grid; q4_0 and q8_0 only
+//     hopper_rows_T_C               HopperRowsArgs       hopper_rows_grid, C columns a block;
+//     likewise hopper_many_T_C               HopperManyArgs       hopper_many_grid, C columns a
+//     block; likewise transposed               TransposedArgs   transposed_grid pack, unpack
+//     RepackArgs       repack_grid quantize                 QuantizeArgs     quantize_grid; q4_0
+//     and q8_0 only
 //
 // with T in f32, f16, bf16 and C in the lists below; the other, from common.hip, what no format
 // enters into:
@@ -23,10 +23,11 @@
 //     sum_splits               SumArgs          sum_grid
 //     arrange                  ArrangeArgs      arrange_grid
 //
-// staged_T_C, paired_T_C and arrange are for sm_90a only. Kernels are launched with kBlockThreads
-// threads a block and no dynamic shared memory, but staged_T_C with staged_threads and
-// staged_shared_bytes, paired_T_C with kPairedThreads and paired_shared_bytes. All tensors are
-// contiguous; x, blocks and out start at multiples of 16 bytes.
+// hopper_rows_T_C, hopper_many_T_C and arrange are for sm_90a only. Kernels are launched with
+// kBlockThreads threads a block and no dynamic shared memory, but hopper_rows_T_C with
+// hopper_rows_threads and hopper_rows_shared_bytes, hopper_many_T_C with kHopperManyThreads and
+// hopper_many_shared_bytes. All tensors are contiguous; x, blocks and out start at multiples of 16
+// bytes.
 #pragma once
 
 #include <cstdint>
@@ -42,33 +43,33 @@ namespace torch_q4::gpu {
 constexpr int kBlockThreads = 256;
 constexpr int kGroupRows = 16;  // rows that a block works on, those that the layout packs together
 
-constexpr int kMatvecColumns[] = {1, 2, 4, 8};
-constexpr int kMatmulColumns[] = {16, 64};
+constexpr int kRowsColumns[] = {1, 2, 4, 8};
+constexpr int kTilesColumns[] = {16, 64};
 constexpr int kTransposedRows = 4;   // rows of grad that a block works on
 constexpr int kPanelColumns = 1024;  // elements of 16 rows that a block of dequantize works on
 
-constexpr int kStagedColumns[] = {8, 16, 32, 64, 128};
-constexpr int kStagedUnit = 256;       // elements of K, a stage
-constexpr int kStagedMostGroups = 8;   // of 16 rows
-constexpr int kStagedProducers = 128;  // threads that copy
+constexpr int kHopperRowsColumns[] = {8, 16, 32, 64, 128};
+constexpr int kStageUnit = 256;            // elements of K, a stage
+constexpr int kHopperRowsMostGroups = 8;   // of 16 rows
+constexpr int kHopperRowsProducers = 128;  // threads that copy
 // Waves that share each group's work; the sums of many columns leave no room for a second one's.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_share(int columns) {
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_share(int columns) {
   return columns > 32 ? 1 : 2;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_threads(int columns) {
-  return 32 * kStagedMostGroups * staged_share(columns) + kStagedProducers;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_threads(int columns) {
+  return 32 * kHopperRowsMostGroups * hopper_rows_share(columns) + kHopperRowsProducers;
 }
-constexpr int kStagedMostStages = 6;
+constexpr int kHopperRowsMostStages = 6;
 
-constexpr int kPairedColumns[] = {128, 256};
-constexpr int kPairedRows = 128;  // of W, a block; the two of a pair have neighbouring ones
-constexpr int kPairedMostStages = 8;
-constexpr int kPairedThreads = 384;  // 256 that multiply and four waves of which one copies
+constexpr int kHopperManyColumns[] = {128, 256};
+constexpr int kHopperManyRows = 128;  // of W, a block; the two of a pair have neighbouring ones
+constexpr int kHopperManyMostStages = 8;
+constexpr int kHopperManyThreads = 384;  // 256 that multiply and four waves of which one copies
 // Theirs, of those that all begin with.
-constexpr int kPairedConsumerRegisters = 232, kPairedProducerRegisters = 24;
-constexpr int kPairedBarrierBytes = 4 * 8 * kPairedMostStages;
-constexpr int kPairedStoreBytes = 1024;  // for each wave that multiplies
-constexpr int kArrangeRows = 16;         // of x, a block of arrange
+constexpr int kHopperManyConsumerRegisters = 232, kHopperManyProducerRegisters = 24;
+constexpr int kHopperManyBarrierBytes = 4 * 8 * kHopperManyMostStages;
+constexpr int kHopperManyStoreBytes = 1024;  // for each wave that multiplies
+constexpr int kArrangeRows = 16;             // of x, a block of arrange
 
 // The dtype of a floating-point tensor.
 enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -76,43 +77,44 @@ enum DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // out[i, j] = sum_k x[i, k] * W[row_begin + j, k] + bias[row_begin + j] for j < row_end - row_begin
 // goes to out[i * n + row_begin + j]. row_begin is a multiple of 16.
 struct LinearArgs {
-  const void* x;          // (m, k); matvec_int8: the codes of quantize_activations
-  const float* scales;    // matvec_int8 only: (m, k / 32), likewise
-  const int32_t* sums;    // matvec_int8 only: (m, k / 16), likewise
+  const void* x;          // (m, k); rows_int8: the codes of quantize_activations
+  const float* scales;    // rows_int8 only: (m, k / 32), likewise
+  const int32_t* sums;    // rows_int8 only: (m, k / 16), likewise
   const uint8_t* blocks;  // (n, bytes per row), the whole weight
   const void* bias;       // (n,) in dtype, or null
   void* out;              // (m, n) in dtype
   int64_t m, n, k;
   int64_t row_begin, row_end;
   int32_t packed;  // rows below n / 16 * 16 are in the packed layout; others never are
-  DType dtype;     // of x, bias and out; matvec_int8: of bias and out
+  DType dtype;     // of x, bias and out; rows_int8: of bias and out
 };
 
-// A product whose operands are brought to shared memory stage by stage: kernels/staged.h. Rows
-// [row_begin, row_end) are whole groups of 16 packed ones.
-struct StagedArgs {
+// A product whose operands are brought to shared memory stage by stage:
+// kernels/linear/hopper_rows.h. Rows [row_begin, row_end) are whole groups of 16 packed ones.
+struct HopperRowsArgs {
   LinearArgs linear;
   float* partial;  // (splits, m, row_end - row_begin) where splits > 1, without bias
-  int32_t groups;  // of 16 rows, a block; at most kStagedMostGroups
-  int32_t stages;  // that have their place in shared memory at once, 2 to kStagedMostStages
+  int32_t groups;  // of 16 rows, a block; at most kHopperRowsMostGroups
+  int32_t stages;  // that have their place in shared memory at once, 2 to kHopperRowsMostStages
   int32_t splits;  // blocks that share out K
 };
 
-// The same product by pairs of blocks: kernels/paired.h.
-struct PairedArgs {
+// The same product by pairs of blocks: kernels/linear/hopper_many.h.
+struct HopperManyArgs {
   LinearArgs linear;                // x is not read
   const void* arranged;             // x as arrange leaves it for C columns
-  float* partial;                   // as StagedArgs's
-  int32_t x_stages, weight_stages;  // 2 to kPairedMostStages
+  float* partial;                   // as HopperRowsArgs's
+  int32_t x_stages, weight_stages;  // 2 to kHopperManyMostStages
   int32_t splits;
 };
 
-// x (m, k) of 16-bit elements to out, arranged_bytes; in what order, kernels/paired.h says.
+// x (m, k) of 16-bit elements to out, arranged_bytes; in what order, kernels/linear/hopper_many.h
+// says.
 struct ArrangeArgs {
   const void* x;
   void* out;
   int64_t m, k;
-  int32_t columns;      // C of paired_T_C
+  int32_t columns;      // C of hopper_many_T_C
   int32_t block_elems;  // of the weight's format
 };
 
@@ -211,7 +213,7 @@ inline Grid dequantize_grid(const DequantizeArgs& a, int block_elems) {
 inline Grid embedding_grid(const EmbeddingArgs& a, int block_elems) {
   return {ceil_div(a.count * (a.k / part_elems(block_elems)), kBlockThreads), 1};
 }
-inline Grid element_grid(const LinearArgs& a) {
+inline Grid reference_grid(const LinearArgs& a) {
   return {ceil_div(a.m * (a.row_end - a.row_begin), kBlockThreads), 1};
 }
 inline Grid rows_grid(const LinearArgs& a, int columns) {
@@ -224,78 +226,83 @@ inline Grid transposed_grid(const TransposedArgs& a) {
 // Bytes of 16 packed blocks that lie in shared memory as they do in memory, and where those from
 // `offset` on are: blocks of 256 elements have gaps between, so that fewer of the lines that lanes
 // read at once are in the same banks.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_piece_bytes(int block_elems) {
-  return block_elems == kStagedUnit ? 1024 : 8192;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int stage_piece_bytes(int block_elems) {
+  return block_elems == kStageUnit ? 1024 : 8192;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_offset(int block_elems, int offset) {
-  return offset + offset / staged_piece_bytes(block_elems) * 64;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int stage_offset(int block_elems, int offset) {
+  return offset + offset / stage_piece_bytes(block_elems) * 64;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_block_bytes(int block_elems, int block_bytes) {
-  return staged_offset(block_elems, kGroupRows * block_bytes - 16) + 16;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int stage_block_bytes(int block_elems, int block_bytes) {
+  return stage_offset(block_elems, kGroupRows * block_bytes - 16) + 16;
 }
 // What one matrix instruction reads of x, and a gap for the same reason.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_tile_bytes(int columns) {
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_tile_bytes(int columns) {
   return columns * 16 * 2 + 16;
 }
 // One stage: x, then the weights.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_x_bytes(int columns) {
-  return kStagedUnit / 16 * staged_tile_bytes(columns);
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_x_bytes(int columns) {
+  return kStageUnit / 16 * hopper_rows_tile_bytes(columns);
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int staged_weight_bytes(int block_elems, int block_bytes) {
-  return kStagedUnit / block_elems * staged_block_bytes(block_elems, block_bytes);
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_weight_bytes(int block_elems,
+                                                                      int block_bytes) {
+  return kStageUnit / block_elems * stage_block_bytes(block_elems, block_bytes);
 }
 // Bytes of shared memory: barriers, then the stages, in which sums find their place at the end.
-constexpr int kStagedBarrierBytes = 128;
-constexpr int kStagedSumStride = 20;  // floats between columns, so that lanes use different banks
-constexpr int staged_shared_bytes(const StagedArgs& a, int columns, int block_elems,
-                                  int block_bytes) {
+constexpr int kHopperRowsBarrierBytes = 128;
+constexpr int kHopperRowsSumStride =
+    20;  // floats between columns, so that lanes use different banks
+constexpr int hopper_rows_shared_bytes(const HopperRowsArgs& a, int columns, int block_elems,
+                                       int block_bytes) {
   const int stage =
-      staged_x_bytes(columns) + a.groups * staged_weight_bytes(block_elems, block_bytes);
-  const int sums = staged_share(columns) * kStagedMostGroups * columns * kStagedSumStride * 4;
-  return kStagedBarrierBytes + (a.stages * stage > sums ? a.stages * stage : sums);
+      hopper_rows_x_bytes(columns) + a.groups * hopper_rows_weight_bytes(block_elems, block_bytes);
+  const int sums =
+      hopper_rows_share(columns) * kHopperRowsMostGroups * columns * kHopperRowsSumStride * 4;
+  return kHopperRowsBarrierBytes + (a.stages * stage > sums ? a.stages * stage : sums);
 }
-inline Grid staged_grid(const StagedArgs& a, int columns) {
+inline Grid hopper_rows_grid(const HopperRowsArgs& a, int columns) {
   const int64_t groups = (a.linear.row_end - a.linear.row_begin) / kGroupRows;
   return {ceil_div(groups, a.groups) * static_cast<uint32_t>(a.splits),
           ceil_div(a.linear.m, columns)};
 }
 // A stage of x has 64 elements, one of the weights a unit: 256, or half of it where blocks are
 // smaller, which leaves room for more of x.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_unit(int block_elems) {
-  return part_elems(block_elems) == 64 ? kStagedUnit : kStagedUnit / 2;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_unit(int block_elems) {
+  return part_elems(block_elems) == 64 ? kStageUnit : kStageUnit / 2;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_x_bytes(int columns) {
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_x_bytes(int columns) {
   return columns * 64 * 2;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int paired_weight_bytes(int block_elems, int block_bytes) {
-  return paired_unit(block_elems) / block_elems * staged_block_bytes(block_elems, block_bytes);
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_weight_bytes(int block_elems,
+                                                                      int block_bytes) {
+  return hopper_many_unit(block_elems) / block_elems * stage_block_bytes(block_elems, block_bytes);
 }
 // Bytes of shared memory: barriers, x, the weights, room in which each wave stores its sums.
-constexpr int paired_shared_bytes(const PairedArgs& a, int columns, int block_elems,
-                                  int block_bytes) {
-  constexpr int kGroups = kPairedRows / kGroupRows;
-  return kPairedBarrierBytes + a.x_stages * paired_x_bytes(columns) +
-         kGroups *
-             (a.weight_stages * paired_weight_bytes(block_elems, block_bytes) + kPairedStoreBytes);
+constexpr int hopper_many_shared_bytes(const HopperManyArgs& a, int columns, int block_elems,
+                                       int block_bytes) {
+  constexpr int kGroups = kHopperManyRows / kGroupRows;
+  return kHopperManyBarrierBytes + a.x_stages * hopper_many_x_bytes(columns) +
+         kGroups * (a.weight_stages * hopper_many_weight_bytes(block_elems, block_bytes) +
+                    kHopperManyStoreBytes);
 }
 // Pairs of tiles: of rows of W, and in all.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t paired_row_pairs(const LinearArgs& a) {
-  return (a.row_end - a.row_begin + 2 * kPairedRows - 1) / (2 * kPairedRows);
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t hopper_many_row_pairs(const LinearArgs& a) {
+  return (a.row_end - a.row_begin + 2 * kHopperManyRows - 1) / (2 * kHopperManyRows);
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t paired_count(const PairedArgs& a, int columns) {
-  return paired_row_pairs(a.linear) * ((a.linear.m + columns - 1) / columns) * a.splits;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t hopper_many_count(const HopperManyArgs& a,
+                                                                   int columns) {
+  return hopper_many_row_pairs(a.linear) * ((a.linear.m + columns - 1) / columns) * a.splits;
 }
-inline Grid paired_grid(const PairedArgs& a, int columns, int multiprocessors) {
-  const int64_t count = paired_count(a, columns);
+inline Grid hopper_many_grid(const HopperManyArgs& a, int columns, int multiprocessors) {
+  const int64_t count = hopper_many_count(a, columns);
   const int64_t most = multiprocessors < 2 ? 1 : multiprocessors / 2;
   return {static_cast<uint32_t>(2 * (count < most ? count : most)), 1};
 }
 constexpr int64_t arranged_bytes(int64_t m, int64_t k, int columns) {
-  return (m + columns - 1) / columns * columns * ((k + kStagedUnit - 1) / kStagedUnit) *
-         kStagedUnit * 2;
+  return (m + columns - 1) / columns * columns * ((k + kStageUnit - 1) / kStageUnit) * kStageUnit *
+         2;
 }
 inline Grid arrange_grid(const ArrangeArgs& a) {
-  return {ceil_div(a.k, kStagedUnit), ceil_div(a.m, kArrangeRows)};
+  return {ceil_div(a.k, kStageUnit), ceil_div(a.m, kArrangeRows)};
 }
 inline Grid sum_grid(const SumArgs& a) { return {ceil_div(a.count, kBlockThreads), 1}; }
 // A thread moves the chunks of one row's block.

@@ -1,7 +1,7 @@
 // The kernels into which no format enters.
 #include "quantize.h"
 #if defined(TORCH_Q4_HOPPER)
-#include "paired.h"
+#include "linear/hopper_many.h"
 #endif
 
 using namespace torch_q4;

@@ -1,7 +1,8 @@
 // Weights to values: whole matrices, and the rows that indices name.
 #pragma once
 
-#include "decode.h"
+#include "read/decode.h"
+#include "read/values.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
@@ -65,48 +66,20 @@ constexpr int kUnitsAtOnce = gpu::kBlockThreads / kUnitThreads;
 template <class T>
 constexpr int kPieceElems = 16 / kElementBytes<T>;
 
-// The codes of a piece, four in a word.
-template <int kWords>
-struct Codes {
-  uint32_t w[kWords];
-
-  template <class Word>
-  TORCH_Q4_DEVICE static Codes map(const Word& word) {
-    Codes out;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) out.w[i] = word(i);
-    return out;
-  }
-  TORCH_Q4_DEVICE friend Codes operator|(const Codes& a, const Codes& b) {
-    return map([&](int i) { return a.w[i] | b.w[i]; });
-  }
-  TORCH_Q4_DEVICE friend Codes operator^(const Codes& a, int mask) {
-    return map([&](int i) { return a.w[i] ^ in_each_byte(mask); });
-  }
-  TORCH_Q4_DEVICE friend Codes operator>>(const Codes& a, int bits) {
-    return map([&](int i) { return a.w[i] >> bits & in_each_byte(0xFF >> bits); });
-  }
-  TORCH_Q4_DEVICE friend Codes operator<<(const Codes& a, int bits) {
-    return map([&](int i) { return a.w[i] << bits & in_each_byte(0xFF << bits); });
-  }
-  TORCH_Q4_DEVICE friend Codes look_up(const Codes& a, const Codebook& table) {
-    return map([&](int i) { return look_up_4(a.w[i], table); });
-  }
-};
-
 // Words from shared memory that is aligned to kAlign, of which 4 more bytes can be read.
 template <int kWords, int kAlign>
-TORCH_Q4_DEVICE Codes<kWords> load_codes(const uint8_t* from) {
+TORCH_Q4_DEVICE ByteVector<kWords> load_codes(const uint8_t* from) {
   if constexpr (kWords == 2 && kAlign >= 8) {
     const Words2 words = *reinterpret_cast<const Words2*>(from);
     return {{words.w[0], words.w[1]}};
   } else if constexpr (kAlign >= 4) {
-    return Codes<kWords>::map(
+    return ByteVector<kWords>::map(
         [&](int i) { return *reinterpret_cast<const uint32_t*>(from + 4 * i); });
   } else {
     const uint32_t odd = reinterpret_cast<uintptr_t>(from) & (kAlign == 1 ? 3 : 2);
     const auto* words = reinterpret_cast<const uint32_t*>(from - odd);
-    return Codes<kWords>::map([&](int i) { return shift_words(words[i], words[i + 1], 8 * odd); });
+    return ByteVector<kWords>::map(
+        [&](int i) { return shift_words(words[i], words[i + 1], 8 * odd); });
   }
 }
 
@@ -118,7 +91,7 @@ struct Line {
   int first;
   int shift = 0, mask = 0xFF;  // a code is byte >> shift & mask
 
-  using Piece = Codes<kWords>;
+  using Piece = ByteVector<kWords>;
 
   TORCH_Q4_DEVICE Line operator>>(int bits) const {
     return {chunk, first, shift + bits, mask >> bits & 0xFF >> (shift + bits)};
@@ -161,8 +134,9 @@ struct Line {
 
 // The fifth bits of a piece's elements, of which those of `bits` belong to 16 from element 0 on.
 template <int kWords>
-TORCH_Q4_DEVICE Codes<kWords> expand_piece(uint32_t bits, int first) {
-  return Codes<kWords>::map([&](int i) { return expand_4_bits(bits >> (first + 4 * i) & 0xFu); });
+TORCH_Q4_DEVICE ByteVector<kWords> expand_piece(uint32_t bits, int first) {
+  return ByteVector<kWords>::map(
+      [&](int i) { return expand_4_bits(bits >> (first + 4 * i) & 0xFu); });
 }
 
 // A piece of every segment of one row's block in GGML's layout, in shared memory.
@@ -175,7 +149,7 @@ struct CanonicalPiece {
   using Chunk = Line<kWords, Row::kAlign>;
 
   TORCH_Q4_DEVICE Chunk line(int index) const { return {block + Row::line_offset(index), first}; }
-  TORCH_Q4_DEVICE Codes<kWords> fifth_bits(int index) const {
+  TORCH_Q4_DEVICE ByteVector<kWords> fifth_bits(int index) const {
     const uint8_t* bits = block + Row::bits_offset(index);
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
   }
@@ -202,7 +176,7 @@ struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
     // 256 bytes and their gap a line.
     return {blocks + gapped(start + 16 * line_row(row)) + 272 * index, first};
   }
-  TORCH_Q4_DEVICE Codes<kWords> fifth_bits(int index) const {
+  TORCH_Q4_DEVICE ByteVector<kWords> fifth_bits(int index) const {
     const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
     const uint8_t* bits = blocks + gapped(start + offset + 2 * line_row(row));
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
@@ -216,7 +190,7 @@ struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
 
 // The values of a piece, bit for bit ggml's, rounded to T, as 16 bytes.
 template <class Format, class T>
-TORCH_Q4_DEVICE Words4 dequantize_piece(const Codes<kPieceElems<T> / 4>& codes, float scale,
+TORCH_Q4_DEVICE Words4 dequantize_piece(const ByteVector<kPieceElems<T> / 4>& codes, float scale,
                                         float shift) {
   constexpr int kElems = kPieceElems<T>, kBits = Format::kCodeBits;
   constexpr float kBias = kCodeBias<kBits> + Format::kOffset;
@@ -332,7 +306,7 @@ struct DequantizeShared {
       scale = scale_of[0];
       if (Format::kHasShift) shift = shift_of[0];
     }
-    const Codes<kPieceElems<T> / 4> codes = Format::packed_codes(piece, segment);
+    const ByteVector<kPieceElems<T> / 4> codes = Format::packed_codes(piece, segment);
     *reinterpret_cast<Words4*>(static_cast<uint8_t*>(out) + index * kElementBytes<T>) =
         dequantize_piece<Format, T>(codes, scale, shift);
   }

@@ -1,15 +1,15 @@
 // The kernels of one format, TORCH_Q4_FORMAT: this file is compiled once for each in the registry.
 // arguments.h says what they take and how they are launched.
 #include "dequantize.h"
-#include "element.h"
-#include "matmul.h"
-#include "matvec.h"
+#include "linear/reference.h"
+#include "linear/rows.h"
+#include "linear/tiles.h"
 #include "quantize.h"
 #include "repack.h"
 #include "transposed.h"
 #if defined(TORCH_Q4_HOPPER)
-#include "paired.h"
-#include "staged.h"
+#include "linear/hopper_many.h"
+#include "linear/hopper_rows.h"
 #endif
 
 #ifndef TORCH_Q4_FORMAT
@@ -24,9 +24,9 @@ using Format = TORCH_Q4_FORMAT;
     __VA_ARGS__(a);                                                                    \
   }
 
-#define TORCH_Q4_MATMUL(name, T, columns, blocks)                                                  \
+#define TORCH_Q4_TILES(name, T, columns, blocks)                                                   \
   extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, blocks) name(gpu::LinearArgs a) { \
-    matmul<Format, T, columns>(a);                                                                 \
+    linear_tiles<Format, T, columns>(a);                                                           \
   }
 
 extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, 8)
@@ -38,50 +38,50 @@ TORCH_Q4_KERNEL(pack, RepackArgs, repack<Format, true>)
 TORCH_Q4_KERNEL(unpack, RepackArgs, repack<Format, false>)
 TORCH_Q4_KERNEL(transposed, TransposedArgs, torch_q4::transposed<Format>)
 
-TORCH_Q4_KERNEL(matvec_int8_1, LinearArgs, matvec_int8<Format, 1>)
-TORCH_Q4_KERNEL(matvec_int8_2, LinearArgs, matvec_int8<Format, 2>)
-TORCH_Q4_KERNEL(matvec_int8_4, LinearArgs, matvec_int8<Format, 4>)
-TORCH_Q4_KERNEL(matvec_int8_8, LinearArgs, matvec_int8<Format, 8>)
+TORCH_Q4_KERNEL(rows_int8_1, LinearArgs, rows_int8<Format, 1>)
+TORCH_Q4_KERNEL(rows_int8_2, LinearArgs, rows_int8<Format, 2>)
+TORCH_Q4_KERNEL(rows_int8_4, LinearArgs, rows_int8<Format, 4>)
+TORCH_Q4_KERNEL(rows_int8_8, LinearArgs, rows_int8<Format, 8>)
 
-#define TORCH_Q4_KERNELS_OF(name, T)                                   \
-  TORCH_Q4_KERNEL(element_##name, LinearArgs, element<Format, T>)      \
-  TORCH_Q4_KERNEL(matvec_##name##_1, LinearArgs, matvec<Format, T, 1>) \
-  TORCH_Q4_KERNEL(matvec_##name##_2, LinearArgs, matvec<Format, T, 2>) \
-  TORCH_Q4_KERNEL(matvec_##name##_4, LinearArgs, matvec<Format, T, 4>) \
-  TORCH_Q4_KERNEL(matvec_##name##_8, LinearArgs, matvec<Format, T, 8>)
+#define TORCH_Q4_KERNELS_OF(name, T)                                         \
+  TORCH_Q4_KERNEL(reference_##name, LinearArgs, linear_reference<Format, T>) \
+  TORCH_Q4_KERNEL(rows_##name##_1, LinearArgs, linear_rows<Format, T, 1>)    \
+  TORCH_Q4_KERNEL(rows_##name##_2, LinearArgs, linear_rows<Format, T, 2>)    \
+  TORCH_Q4_KERNEL(rows_##name##_4, LinearArgs, linear_rows<Format, T, 4>)    \
+  TORCH_Q4_KERNEL(rows_##name##_8, LinearArgs, linear_rows<Format, T, 8>)
 TORCH_Q4_KERNELS_OF(f32, Float32)
 TORCH_Q4_KERNELS_OF(f16, Float16)
 TORCH_Q4_KERNELS_OF(bf16, BFloat16)
 
-TORCH_Q4_MATMUL(matmul_f16_16, Float16, 16, 3)
-TORCH_Q4_MATMUL(matmul_f16_64, Float16, 64, 2)
-TORCH_Q4_MATMUL(matmul_bf16_16, BFloat16, 16, 3)
-TORCH_Q4_MATMUL(matmul_bf16_64, BFloat16, 64, 2)
+TORCH_Q4_TILES(tiles_f16_16, Float16, 16, 3)
+TORCH_Q4_TILES(tiles_f16_64, Float16, 64, 2)
+TORCH_Q4_TILES(tiles_bf16_16, BFloat16, 16, 3)
+TORCH_Q4_TILES(tiles_bf16_64, BFloat16, 64, 2)
 
 #if defined(TORCH_Q4_HOPPER)
-#define TORCH_Q4_STAGED(name, T, columns)                                       \
-  extern "C" __global__ void __launch_bounds__(gpu::staged_threads(columns), 1) \
-      staged_##name##_##columns(gpu::StagedArgs a) {                            \
-    staged<Format, T, columns>(a);                                              \
+#define TORCH_Q4_HOPPER_ROWS(name, T, columns)                                       \
+  extern "C" __global__ void __launch_bounds__(gpu::hopper_rows_threads(columns), 1) \
+      hopper_rows_##name##_##columns(gpu::HopperRowsArgs a) {                        \
+    hopper_rows<Format, T, columns>(a);                                              \
   }
-#define TORCH_Q4_STAGED_OF(name, T) \
-  TORCH_Q4_STAGED(name, T, 8)       \
-  TORCH_Q4_STAGED(name, T, 16)      \
-  TORCH_Q4_STAGED(name, T, 32)      \
-  TORCH_Q4_STAGED(name, T, 64)      \
-  TORCH_Q4_STAGED(name, T, 128)
-TORCH_Q4_STAGED_OF(f16, Float16)
-TORCH_Q4_STAGED_OF(bf16, BFloat16)
+#define TORCH_Q4_HOPPER_ROWS_OF(name, T) \
+  TORCH_Q4_HOPPER_ROWS(name, T, 8)       \
+  TORCH_Q4_HOPPER_ROWS(name, T, 16)      \
+  TORCH_Q4_HOPPER_ROWS(name, T, 32)      \
+  TORCH_Q4_HOPPER_ROWS(name, T, 64)      \
+  TORCH_Q4_HOPPER_ROWS(name, T, 128)
+TORCH_Q4_HOPPER_ROWS_OF(f16, Float16)
+TORCH_Q4_HOPPER_ROWS_OF(bf16, BFloat16)
 
-#define TORCH_Q4_PAIRED(name, T, columns)                                                        \
-  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(gpu::kPairedThreads, 1) \
-      paired_##name##_##columns(gpu::PairedArgs a) {                                             \
-    paired<Format, T, columns>(a);                                                               \
+#define TORCH_Q4_HOPPER_MANY(name, T, columns)                                            \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(                 \
+      gpu::kHopperManyThreads, 1) hopper_many_##name##_##columns(gpu::HopperManyArgs a) { \
+    hopper_many<Format, T, columns>(a);                                                   \
   }
-TORCH_Q4_PAIRED(f16, Float16, 128)
-TORCH_Q4_PAIRED(f16, Float16, 256)
-TORCH_Q4_PAIRED(bf16, BFloat16, 128)
-TORCH_Q4_PAIRED(bf16, BFloat16, 256)
+TORCH_Q4_HOPPER_MANY(f16, Float16, 128)
+TORCH_Q4_HOPPER_MANY(f16, Float16, 256)
+TORCH_Q4_HOPPER_MANY(bf16, BFloat16, 128)
+TORCH_Q4_HOPPER_MANY(bf16, BFloat16, 256)
 #endif
 
 // Which formats have a quantiser in quantize.h.

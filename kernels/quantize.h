@@ -2,7 +2,8 @@
 // search. Their results are those of Format::quantize_row to the last bit.
 #pragma once
 
-#include "decode.h"
+#include "read/decode.h"
+#include "read/values.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
@@ -70,7 +71,7 @@ TORCH_Q4_DEVICE void quantize(const gpu::QuantizeArgs& a) {
   quantize_block(Format(), BlockOf32(a.w, 32 * thread, a.dtype), a.blocks + thread * kBytes);
 }
 
-// What matvec_int8 multiplies with.
+// What rows_int8 multiplies with.
 TORCH_Q4_DEVICE void quantize_activations(const gpu::ActivationArgs& a) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * gpu::kBlockThreads + threadIdx.x;
   if (thread >= a.count / 32) return;

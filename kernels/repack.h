@@ -1,7 +1,7 @@
 // pack and unpack: a thread moves the chunks of one row's block (packed.h).
 #pragma once
 
-#include "decode.h"
+#include "read/weights.h"
 
 namespace TORCH_Q4_NAMESPACE {
 

@@ -5,7 +5,8 @@
 // threads of a segment have is added up at the end.
 #pragma once
 
-#include "decode.h"
+#include "read/decode.h"
+#include "read/values.h"
 
 namespace TORCH_Q4_NAMESPACE {
 

@@ -181,13 +181,13 @@ def test_table_without_a_reader_has_no_share() -> None:
 
 
 def test_kernel_table_marks_the_quickest() -> None:
-    one = cell(linear=12.0, dense=42.0, matvec=12.5, blas=80.0, int8=9.0)
-    other = cell(m=64, linear=50.0, dense=42.0, matvec=90.0, int8=95.0)
+    one = cell(linear=12.0, dense=42.0, rows=12.5, blas=80.0, int8=9.0)
+    other = cell(m=64, linear=50.0, dense=42.0, rows=90.0, int8=95.0)
     other.wrong["blas"] = "relative error 1"
     lines = report.tables([one, other]).splitlines()
     assert lines[-5:] == [
         "format kernel    M=1   M=64",
-        "q4_0 matvec    *12.5  *90.0",
+        "q4_0 rows      *12.5  *90.0",
         "q4_0 blas       80.0  WRONG",
         "q4_0 int8        9.0   95.0",
         "q4_0 linear     12.0   50.0",
@@ -311,9 +311,9 @@ def test_reader_launches_on_the_current_stream(hip: bool, monkeypatch: pytest.Mo
 
 
 def test_kernels_for_a_dtype() -> None:
-    names = ["matvec", "matmul_16", "staged", "blas"]
+    names = ["rows", "tiles_16", "hopper_rows", "blas"]
     assert bench.kernels_for(names, "bfloat16") == names
-    assert bench.kernels_for(names, "float32") == ["matvec", "blas"]
+    assert bench.kernels_for(names, "float32") == ["rows", "blas"]
 
 
 def test_shape() -> None:

@@ -134,11 +134,12 @@ def open_runtime(folder: Path) -> Any:
     library = ctypes.CDLL(str(folder / "_C.so"))
     for name in ("name_of_kernel", "launch_linear", "find_in", "launch_in_new_thread",
                  "path_of_driver", "set_plan", "plan_of", "names_of_kernels",
-                 "name_of_choice", "launch_staged", "launch_paired", "check_runs_on"):  # fmt: skip
+                 "name_of_choice", "launch_hopper_rows", "launch_hopper_many",
+                 "check_runs_on"):  # fmt: skip
         getattr(library, name).restype = ctypes.c_char_p
     library.choose.argtypes = [ctypes.c_int] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_int]
-    library.paired_is_quicker.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
-    for name in ("plan_of_staged", "plan_of_paired"):
+    library.hopper_many_is_quicker.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
+    for name in ("plan_of_hopper_rows", "plan_of_hopper_many"):
         getattr(library, name).argtypes = (
             [ctypes.c_int64] * 3 + [ctypes.c_int] * 4 + [ctypes.POINTER(ctypes.c_int64)]
         )
@@ -195,29 +196,29 @@ def test_a_launch_arrives(which, request) -> None:
     stub, library = runtime.stub, runtime.library
     stub.args_bytes = ctypes.sizeof(launch.LinearArgs)
     args = linear_args()
-    kernel = library.matvec_number(BF16, 2)
+    kernel = library.rows_number(BF16, 2)
     assert runtime.error("launch_linear", kernel, 0, 4, ctypes.byref(args)) == ""
     suffix = b"hipfb" if which == "hip" else b"fatbin"
-    assert (stub.image, stub.kernel) == (b"q4_0 " + suffix, b"matvec_bf16_4")
+    assert (stub.image, stub.kernel) == (b"q4_0 " + suffix, b"rows_bf16_4")
     assert list(stub.grid) == [63, 2, 1]  # 16 rows and 4 columns a block
     assert list(stub.block) == [256, 1, 1]
     assert (stub.shared, stub.stream) == (0, 0x1234)
     assert bytes(stub.args[: stub.args_bytes]) == bytes(args)
 
 
-def test_a_staged_launch_arrives(hopper) -> None:
+def test_a_hopper_rows_launch_arrives(hopper) -> None:
     """With its own threads and shared memory, which each function is allowed once."""
     stub, library = hopper.stub, hopper.library
-    stub.args_bytes = ctypes.sizeof(launch.StagedArgs)
+    stub.args_bytes = ctypes.sizeof(launch.HopperRowsArgs)
     assert library.shared_bytes_of(0) == SHARED_BYTES
-    args = launch.StagedArgs(linear_args(m=9, row_end=992), 0x70, groups=3, stages=4, splits=2)
+    args = launch.HopperRowsArgs(linear_args(m=9, row_end=992), 0x70, groups=3, stages=4, splits=2)
     for width, columns in enumerate((8, 16, 32, 64, 128)):
         for _ in range(3):
-            assert hopper.error("launch_staged", width, 0, ctypes.byref(args)) == ""
-            assert stub.kernel == f"staged_bf16_{columns}".encode()
+            assert hopper.error("launch_hopper_rows", width, 0, ctypes.byref(args)) == ""
+            assert stub.kernel == f"hopper_rows_bf16_{columns}".encode()
             assert list(stub.grid) == [21 * 2, -(-9 // columns), 1]
-            assert list(stub.block) == [library.threads_of_staged(width), 1, 1]
-            assert stub.shared == library.bytes_of_staged(width, ctypes.byref(args)) > 0
+            assert list(stub.block) == [library.threads_of_hopper_rows(width), 1, 1]
+            assert stub.shared == library.bytes_of_hopper_rows(width, ctypes.byref(args)) > 0
             assert bytes(stub.args[: stub.args_bytes]) == bytes(args)
         assert (stub.attributes, stub.shared_allowed) == (width + 1, SHARED_BYTES)
     assert hopper.error("launch_linear", 0, 0, 1, ctypes.byref(linear_args())) == ""
@@ -226,18 +227,18 @@ def test_a_staged_launch_arrives(hopper) -> None:
 
 
 @pytest.mark.parametrize("driver", ["libcuda.so.1", "old/libcuda.so.1"])
-def test_a_paired_launch_arrives(start, driver) -> None:
+def test_a_hopper_many_launch_arrives(start, driver) -> None:
     """It may begin before the kernel before it has ended, where the driver knows of that."""
     hopper = start("hopper.so", driver)
     stub, library = hopper.stub, hopper.library
-    stub.args_bytes = ctypes.sizeof(launch.PairedArgs)
-    args = launch.PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
+    stub.args_bytes = ctypes.sizeof(launch.HopperManyArgs)
+    args = launch.HopperManyArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
     for width, (columns, blocks) in enumerate(((128, 3), (256, 2))):
-        assert hopper.error("launch_paired", width, 0, ctypes.byref(args)) == ""
-        assert stub.kernel == f"paired_bf16_{columns}".encode()
+        assert hopper.error("launch_hopper_many", width, 0, ctypes.byref(args)) == ""
+        assert stub.kernel == f"hopper_many_bf16_{columns}".encode()
         assert list(stub.grid) == [2 * 4 * blocks * 2, 1, 1]  # 4 pairs of 128 rows, 2 splits
         assert list(stub.block) == [384, 1, 1]
-        assert stub.shared == library.bytes_of_paired(width, ctypes.byref(args)) > 0
+        assert stub.shared == library.bytes_of_hopper_many(width, ctypes.byref(args)) > 0
         assert stub.stream == 0x1234
         assert bytes(stub.args[: stub.args_bytes]) == bytes(args)
         assert stub.overlaps == (driver == "libcuda.so.1")
@@ -248,11 +249,13 @@ def test_a_paired_launch_arrives(start, driver) -> None:
 
 def test_an_overlapping_launch_in_a_new_thread(hopper) -> None:
     """A thread without a context gets one here, too."""
-    args = launch.PairedArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
+    args = launch.HopperManyArgs(linear_args(m=300, row_end=992), 0x70, 0x80, 4, 3, 2)
     errors: list[str] = []
     for _ in range(2):  # with the kernel still to be loaded, and with it loaded
         thread = threading.Thread(
-            target=lambda: errors.append(hopper.error("launch_paired", 0, 0, ctypes.byref(args)))
+            target=lambda: errors.append(
+                hopper.error("launch_hopper_many", 0, 0, ctypes.byref(args))
+            )
         )
         thread.start()
         thread.join()
@@ -262,10 +265,10 @@ def test_an_overlapping_launch_in_a_new_thread(hopper) -> None:
 
 def test_shared_memory_that_is_not_allowed(hopper) -> None:
     hopper.stub.fail_attribute = 1
-    kernel = hopper.library.staged_number(F16, 3)
+    kernel = hopper.library.hopper_rows_number(F16, 3)
     assert hopper.error("find_in", 0, kernel, 0) == (
-        f"linear: staged_f16_64 must be allowed {SHARED_BYTES} bytes of shared memory on sm_90, "
-        "got ErrorOther (what it means)"
+        f"linear: hopper_rows_f16_64 must be allowed {SHARED_BYTES} bytes of shared memory on "
+        "sm_90, got ErrorOther (what it means)"
     )
     hopper.stub.fail_attribute = 0
     assert hopper.error("find_in", 0, kernel, 0) == "", "a failure must not be remembered"
@@ -281,10 +284,10 @@ def test_an_empty_grid_is_no_launch(hip, empty) -> None:
 def test_kernels_are_looked_up_once(hip) -> None:
     args = linear_args()
     for _ in range(3):
-        for kernel in (hip.library.matvec_number(F16, 0), hip.library.matmul_number(F16, 1)):
+        for kernel in (hip.library.rows_number(F16, 0), hip.library.tiles_number(F16, 1)):
             assert hip.error("launch_linear", kernel, 0, 1, ctypes.byref(args)) == ""
     assert (hip.stub.loads, hip.stub.lookups, hip.stub.launches) == (1, 2, 6)
-    assert hip.stub.kernel == b"matmul_f16_64"
+    assert hip.stub.kernel == b"tiles_f16_64"
 
 
 def test_every_device_and_file_is_loaded_once_under_threads(hip) -> None:
@@ -298,12 +301,14 @@ def test_every_kernel_has_its_file_and_name(hip) -> None:
     """The names are those of kernels/arguments.h, written out here once more."""
     suffixes = ("f32", "f16", "bf16")
     names = ["dequantize", "embedding", "pack", "unpack", "quantize", "transposed"]
-    names += [f"element_{t}" for t in suffixes]
-    names += [f"matvec_{t}_{columns}" for t in suffixes for columns in (1, 2, 4, 8)]
-    names += [f"matvec_int8_{columns}" for columns in (1, 2, 4, 8)]
-    names += [f"matmul_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64)]
-    names += [f"staged_{t}_{columns}" for t in suffixes[1:] for columns in (8, 16, 32, 64, 128)]
-    names += [f"paired_{t}_{columns}" for t in suffixes[1:] for columns in (128, 256)]
+    names += [f"reference_{t}" for t in suffixes]
+    names += [f"rows_{t}_{columns}" for t in suffixes for columns in (1, 2, 4, 8)]
+    names += [f"rows_int8_{columns}" for columns in (1, 2, 4, 8)]
+    names += [f"tiles_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64)]
+    names += [
+        f"hopper_rows_{t}_{columns}" for t in suffixes[1:] for columns in (8, 16, 32, 64, 128)
+    ]
+    names += [f"hopper_many_{t}_{columns}" for t in suffixes[1:] for columns in (128, 256)]
     names += ["quantize_activations", "sum_splits", "arrange"]
     count = hip.library.kernel_count()
     assert [hip.error("name_of_kernel", kernel) for kernel in range(count)] == names
@@ -388,9 +393,9 @@ def test_the_module_does_not_load(hip) -> None:
 def test_the_function_is_missing(hip) -> None:
     hip.stub.fail_lookup = 500
     path = hip.folder / "kernels/q4_0.hipfb"
-    kernel = hip.library.matmul_number(BF16, 0)
+    kernel = hip.library.tiles_number(BF16, 0)
     assert hip.error("find_in", 0, kernel, 0) == (
-        f"linear: {path} must hold the kernel matmul_bf16_16 for gfx90a, got ErrorNotFound "
+        f"linear: {path} must hold the kernel tiles_bf16_16 for gfx90a, got ErrorNotFound "
         "(what it means)"
     )
 
@@ -398,9 +403,9 @@ def test_the_function_is_missing(hip) -> None:
 def test_the_launch_fails(hip) -> None:
     hip.stub.fail_launch = 1
     args = linear_args()
-    kernel = hip.library.matvec_number(F32, 3)
+    kernel = hip.library.rows_number(F32, 3)
     assert hip.error("launch_linear", kernel, 2, 8, ctypes.byref(args)) == (
-        "linear: the launch of q4_0's matvec_f32_8 must succeed, with a grid of 63 x 1 on device "
+        "linear: the launch of q4_0's rows_f32_8 must succeed, with a grid of 63 x 1 on device "
         "2, gfx90a, got ErrorOther (what it means)"
     )
 
@@ -487,24 +492,24 @@ def test_what_serves_an_architecture(hip, built, architecture, served) -> None:
 
 # ---- the choice of a kernel ----------------------------------------------------------------------
 
-ELEMENT, MATVEC, MATVEC_INT8, MATMUL_16, MATMUL_64, STAGED, PAIRED, BLAS = range(8)
+REFERENCE, ROWS, ROWS_INT8, TILES_16, TILES_64, HOPPER_ROWS, HOPPER_MANY, BLAS = range(8)
 
 
 @pytest.mark.parametrize(
     ("number", "int8", "packed", "family", "by_rows"),
     [
-        (F32, 0, 1, NVIDIA, {1: MATVEC, 8: MATVEC, 9: BLAS, 10**9: BLAS}),
-        (F16, 0, 0, NVIDIA, {1: MATVEC, 8: MATVEC, 9: BLAS}),
-        (F16, 0, 1, NVIDIA, {1: MATMUL_16, 48: MATMUL_16, 49: MATMUL_64, 96: MATMUL_64, 97: BLAS}),
-        (F16, 1, 1, NVIDIA, {1: MATMUL_16, 97: BLAS}),
-        (F32, 1, 1, NVIDIA, {8: MATVEC_INT8, 9: BLAS}),
-        (BF16, 1, 0, NVIDIA, {8: MATVEC_INT8, 9: BLAS}),
-        (BF16, 0, 1, AMD_MATRIX, {2: MATVEC, 3: MATMUL_16, 49: MATMUL_64, 129: BLAS}),
-        (F16, 1, 1, AMD_MATRIX, {2: MATVEC_INT8, 3: MATMUL_16}),
-        (F32, 1, 0, AMD_MATRIX, {8: MATVEC_INT8, 9: BLAS}),
-        (BF16, 0, 1, AMD_NO_MATRIX, {8: MATVEC, 9: MATMUL_16, 33: BLAS}),
-        (F16, 0, 0, AMD_NO_MATRIX, {8: MATVEC, 9: BLAS}),
-        (F32, 1, 0, AMD_NO_MATRIX, {1: MATVEC_INT8, 8: MATVEC_INT8, 9: BLAS}),
+        (F32, 0, 1, NVIDIA, {1: ROWS, 8: ROWS, 9: BLAS, 10**9: BLAS}),
+        (F16, 0, 0, NVIDIA, {1: ROWS, 8: ROWS, 9: BLAS}),
+        (F16, 0, 1, NVIDIA, {1: TILES_16, 48: TILES_16, 49: TILES_64, 96: TILES_64, 97: BLAS}),
+        (F16, 1, 1, NVIDIA, {1: TILES_16, 97: BLAS}),
+        (F32, 1, 1, NVIDIA, {8: ROWS_INT8, 9: BLAS}),
+        (BF16, 1, 0, NVIDIA, {8: ROWS_INT8, 9: BLAS}),
+        (BF16, 0, 1, AMD_MATRIX, {2: ROWS, 3: TILES_16, 49: TILES_64, 129: BLAS}),
+        (F16, 1, 1, AMD_MATRIX, {2: ROWS_INT8, 3: TILES_16}),
+        (F32, 1, 0, AMD_MATRIX, {8: ROWS_INT8, 9: BLAS}),
+        (BF16, 0, 1, AMD_NO_MATRIX, {8: ROWS, 9: TILES_16, 33: BLAS}),
+        (F16, 0, 0, AMD_NO_MATRIX, {8: ROWS, 9: BLAS}),
+        (F32, 1, 0, AMD_NO_MATRIX, {1: ROWS_INT8, 8: ROWS_INT8, 9: BLAS}),
     ],
 )
 def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
@@ -515,16 +520,34 @@ def test_choice_of_kernel(hip, number, int8, packed, family, by_rows) -> None:
 @pytest.mark.parametrize(
     ("number", "int8", "packed", "n", "by_rows"),
     [
-        (F16, 0, 1, 4096, {1: MATMUL_16, 16: MATMUL_16, 17: STAGED, 256: STAGED, 512: PAIRED}),
-        (F16, 0, 1, 8192, {1: MATMUL_16, 4: MATMUL_16, 5: STAGED, 64: STAGED, 65: PAIRED}),
-        (BF16, 1, 1, 14336, {1: STAGED, 16: STAGED, 64: STAGED, 65: PAIRED, 2048: PAIRED}),
-        (F16, 0, 1, 4096, {257: BLAS, 384: PAIRED, 1024: PAIRED}),
-        (F16, 0, 1, 1024, {256: STAGED, 257: BLAS, 512: BLAS, 2048: BLAS}),
-        (F16, 0, 1, 5120, {5: STAGED, 128: STAGED, 129: PAIRED}),
-        (BF16, 0, 1, 14336, {2048: PAIRED, 2049: BLAS, 16384: BLAS}),
-        (F16, 0, 0, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
-        (BF16, 1, 0, 4096, {8: MATVEC_INT8, 9: BLAS}),
-        (F32, 0, 1, 14336, {1: MATVEC, 8: MATVEC, 9: BLAS}),
+        (
+            F16,
+            0,
+            1,
+            4096,
+            {1: TILES_16, 16: TILES_16, 17: HOPPER_ROWS, 256: HOPPER_ROWS, 512: HOPPER_MANY},
+        ),
+        (
+            F16,
+            0,
+            1,
+            8192,
+            {1: TILES_16, 4: TILES_16, 5: HOPPER_ROWS, 64: HOPPER_ROWS, 65: HOPPER_MANY},
+        ),
+        (
+            BF16,
+            1,
+            1,
+            14336,
+            {1: HOPPER_ROWS, 16: HOPPER_ROWS, 64: HOPPER_ROWS, 65: HOPPER_MANY, 2048: HOPPER_MANY},
+        ),
+        (F16, 0, 1, 4096, {257: BLAS, 384: HOPPER_MANY, 1024: HOPPER_MANY}),
+        (F16, 0, 1, 1024, {256: HOPPER_ROWS, 257: BLAS, 512: BLAS, 2048: BLAS}),
+        (F16, 0, 1, 5120, {5: HOPPER_ROWS, 128: HOPPER_ROWS, 129: HOPPER_MANY}),
+        (BF16, 0, 1, 14336, {2048: HOPPER_MANY, 2049: BLAS, 16384: BLAS}),
+        (F16, 0, 0, 14336, {1: ROWS, 8: ROWS, 9: BLAS}),
+        (BF16, 1, 0, 4096, {8: ROWS_INT8, 9: BLAS}),
+        (F32, 0, 1, 14336, {1: ROWS, 8: ROWS, 9: BLAS}),
     ],
 )
 def test_choice_of_kernel_on_hopper(hip, number, int8, packed, n, by_rows) -> None:
@@ -552,20 +575,20 @@ def test_hopper_is_a_family_of_its_own_where_the_build_has_code_for_it(
 
 def test_kernels_for_hopper_only(start) -> None:
     runtime = start("runtime.so", "libcuda.so.1")
-    words = "the GPU must be sm_90, with kernels built for sm_90a, for staged, got"
+    words = "the GPU must be sm_90, with kernels built for sm_90a, for hopper_rows, got"
     missing = f"{words} sm_90 with kernels for {BUILT_FOR_CUDA}"
-    assert runtime.error("check_runs_on", b"staged", 0) == f"linear: {missing}"
-    assert runtime.error("check_runs_on", b"matmul_16", 0) == ""
-    assert set_plan(runtime, "8 staged") == f"set: {missing}"
+    assert runtime.error("check_runs_on", b"hopper_rows", 0) == f"linear: {missing}"
+    assert runtime.error("check_runs_on", b"tiles_16", 0) == ""
+    assert set_plan(runtime, "8 hopper_rows") == f"set: {missing}"
     runtime.stub.major = 8
-    assert set_plan(runtime, "8 staged", device=1) == f"set: {words} sm_80"
+    assert set_plan(runtime, "8 hopper_rows", device=1) == f"set: {words} sm_80"
     assert plan_of(runtime) == plan_of(runtime, device=1) == ""
 
 
 def test_kernels_for_hopper_only_on_hopper(hopper) -> None:
-    assert hopper.error("check_runs_on", b"staged", 0) == ""
-    assert set_plan(hopper, "8 staged") == ""
-    assert planned(hopper, 8) == "staged"
+    assert hopper.error("check_runs_on", b"hopper_rows", 0) == ""
+    assert set_plan(hopper, "8 hopper_rows") == ""
+    assert planned(hopper, 8) == "hopper_rows"
 
 
 # ---- plans, which stand above the table ----------------------------------------------------------
@@ -602,13 +625,13 @@ def test_a_plan_decides_up_to_its_last_step(hip) -> None:
     rows = (1, 2, 3, 100, 101)
     table = {m: by_table(hip, m) for m in rows}
     assert {m: planned(hip, m) for m in rows} == table
-    assert "element" not in table.values()
-    assert set_plan(hip, "2 element\n100 matvec\n") == ""
+    assert "reference" not in table.values()
+    assert set_plan(hip, "2 reference\n100 rows\n") == ""
     assert {m: planned(hip, m) for m in rows} == {
-        1: "element", 2: "element", 3: "matvec", 100: "matvec", 101: table[101]}  # fmt: skip
-    assert plan_of(hip) == "2 element\n100 matvec\n"
-    assert set_plan(hip, "7 element") == ""
-    assert [planned(hip, m) for m in (7, 8)] == ["element", by_table(hip, 8)]
+        1: "reference", 2: "reference", 3: "rows", 100: "rows", 101: table[101]}  # fmt: skip
+    assert plan_of(hip) == "2 reference\n100 rows\n"
+    assert set_plan(hip, "7 reference") == ""
+    assert [planned(hip, m) for m in (7, 8)] == ["reference", by_table(hip, 8)]
     assert set_plan(hip, "") == ""
     assert plan_of(hip) == ""
     assert {m: planned(hip, m) for m in rows} == table
@@ -616,52 +639,52 @@ def test_a_plan_decides_up_to_its_last_step(hip) -> None:
 
 
 def test_a_plan_is_of_one_weight_dtype_layout_and_device(hip) -> None:
-    assert set_plan(hip, "8 element") == ""
-    assert planned(hip, 4) == "element"
+    assert set_plan(hip, "8 reference") == ""
+    assert planned(hip, 4) == "reference"
     for other in ({"device": 1}, {"format": 2}, {"dtype": BF16}, {"packed": 0}, {"n": 4095}):
-        assert planned(hip, 4, **other) != "element"
+        assert planned(hip, 4, **other) != "reference"
         assert plan_of(hip, **other) == ""
 
 
 def test_int8_has_the_table(hip) -> None:
-    assert set_plan(hip, "8 element", dtype=F32) == ""
+    assert set_plan(hip, "8 reference", dtype=F32) == ""
     weight = (0, 3, F32)
     of_plan, of_table = (hip.library.planned(*weight, int8, 1, 4, 4096, NVIDIA) for int8 in (0, 1))
-    assert (of_plan, of_table) == (ELEMENT, hip.library.choose(F32, 1, 1, 4, 4096, NVIDIA))
+    assert (of_plan, of_table) == (REFERENCE, hip.library.choose(F32, 1, 1, 4, 4096, NVIDIA))
 
 
 def test_many_plans_are_found(hip) -> None:
     sizes = [(7919 * i) % 1009 + 1 for i in range(100)]
     for i, n in enumerate(sizes):
-        assert set_plan(hip, f"{i + 1} element", n=n, format=i % 3) == ""
+        assert set_plan(hip, f"{i + 1} reference", n=n, format=i % 3) == ""
     for i, n in enumerate(sizes):
-        assert plan_of(hip, n=n, format=i % 3) == f"{i + 1} element\n"
+        assert plan_of(hip, n=n, format=i % 3) == f"{i + 1} reference\n"
         assert plan_of(hip, n=n, format=3) == ""
-        assert planned(hip, i + 1, n=n, format=i % 3) == "element"
+        assert planned(hip, i + 1, n=n, format=i % 3) == "reference"
 
 
 @pytest.mark.parametrize(
     ("plan", "weight", "words"),
     [
-        ("8 fast", {}, r"kernel must be one of element, matvec, .*, got fast"),
-        ("8 matmul_16", {"packed": 0}, "packed must be true for matmul_16, got false"),
-        ("8 matmul_64", {"dtype": F32},
-         "dtype must be float16 or bfloat16 for matmul_64, got float32"),
-        ("8 matvec\n8 blas", {}, "rows of plan must rise, got 8 after 8"),
-        ("0 matvec", {}, "rows of plan must rise, got 0 after 0"),
-        ("matvec 8", {}, "a line of plan must be MOST_ROWS KERNEL, got matvec 8"),
-        ("8 matvec blas", {}, "a line of plan must be MOST_ROWS KERNEL, got 8 matvec blas"),
+        ("8 fast", {}, r"kernel must be one of reference, rows, .*, got fast"),
+        ("8 tiles_16", {"packed": 0}, "packed must be true for tiles_16, got false"),
+        ("8 tiles_64", {"dtype": F32},
+         "dtype must be float16 or bfloat16 for tiles_64, got float32"),
+        ("8 rows\n8 blas", {}, "rows of plan must rise, got 8 after 8"),
+        ("0 rows", {}, "rows of plan must rise, got 0 after 0"),
+        ("rows 8", {}, "a line of plan must be MOST_ROWS KERNEL, got rows 8"),
+        ("8 rows blas", {}, "a line of plan must be MOST_ROWS KERNEL, got 8 rows blas"),
         ("99999999999999999999 blas", {},
          "a line of plan must be MOST_ROWS KERNEL, got 99999999999999999999 blas"),
-        ("8 matvec", {"n": 0}, "n and k must be at least 1, got 0, 4096"),
-        ("8 matvec", {"device": 64}, r"device must be in \[0, 64\), got 64"),
-        ("8 matvec", {"device": -1}, r"device must be in \[0, 64\), got -1"),
+        ("8 rows", {"n": 0}, "n and k must be at least 1, got 0, 4096"),
+        ("8 rows", {"device": 64}, r"device must be in \[0, 64\), got 64"),
+        ("8 rows", {"device": -1}, r"device must be in \[0, 64\), got -1"),
     ],
 )  # fmt: skip
 def test_a_plan_that_cannot_be(hip, plan, weight, words) -> None:
     on_device = "device" not in weight
     if on_device and "n" not in weight:
-        assert set_plan(hip, "5 element", **weight) == ""
+        assert set_plan(hip, "5 reference", **weight) == ""
     before = plan_of(hip, **weight)
     assert re.fullmatch(f"set: {words}", set_plan(hip, plan, **weight))
     assert plan_of(hip, **weight) == before, "what is refused changes nothing"
@@ -678,13 +701,13 @@ def test_every_kernel_that_suits_can_be_planned(which, family, request) -> None:
 
     everything = names(F16, 1, -1)
     assert everything == names(BF16, 1, -1) == names(F16, 1, HOPPER)
-    for name in ("staged", "paired"):
+    for name in ("hopper_rows", "hopper_many"):
         assert (name in names(F16, 1)) == (family == HOPPER)
-    assert everything >= {"element", "matvec", "matmul_16", "matmul_64", "blas"}
+    assert everything >= {"reference", "rows", "tiles_16", "tiles_64", "blas"}
     for dtype, packed in ((F16, 1), (F32, 1), (F16, 0), (F32, 0)):
         suiting = names(dtype, packed)
-        assert suiting >= {"element", "matvec", "blas"}
-        assert ("matmul_16" in suiting) == ((dtype, packed) == (F16, 1))
+        assert suiting >= {"reference", "rows", "blas"}
+        assert ("tiles_16" in suiting) == ((dtype, packed) == (F16, 1))
         for name in everything:
             error = set_plan(runtime, f"1 {name}", dtype=dtype, packed=packed)
             assert (error == "") == (name in suiting)
@@ -699,21 +722,21 @@ def test_saved_plans_are_loaded_once_at_the_first_product(hip) -> None:
     def load(device: int) -> None:
         asked.append(device)
         meanwhile.append(planned(hip, 4, device=device))
-        set_plan(hip, "8 element", device=device)
-        set_plan(hip, "8 element", device=device, n=64)
+        set_plan(hip, "8 reference", device=device)
+        set_plan(hip, "8 reference", device=device, n=64)
 
     meanwhile: list[str] = []
     loader = Loader(load)
     assert planned(hip, 4, device=2) == table, "nobody to ask yet, which must not be remembered"
     hip.library.set_loader(loader)
     assert not asked
-    assert [planned(hip, 4, device=2) for _ in range(3)] == ["element"] * 3
+    assert [planned(hip, 4, device=2) for _ in range(3)] == ["reference"] * 3
     assert (asked, meanwhile) == ([2], [table])
     # A plan that is set first does not keep the saved ones away, and stands above them.
     assert set_plan(hip, "8 blas") == ""
     assert asked == [2, 0]
-    assert (planned(hip, 4), planned(hip, 4, n=64)) == ("blas", "element")
-    assert plan_of(hip, device=1) == "8 element\n"
+    assert (planned(hip, 4), planned(hip, 4, n=64)) == ("blas", "reference")
+    assert plan_of(hip, device=1) == "8 reference\n"
     assert asked == [2, 0, 1]
 
 
@@ -743,7 +766,7 @@ def test_splits_fill_the_device(hip) -> None:
 
 
 @dataclass
-class StagedPlan:
+class HopperRowsPlan:
     columns: int
     groups: int
     stages: int
@@ -753,7 +776,7 @@ class StagedPlan:
     column_blocks: int
 
 
-def staged_plan(
+def hopper_rows_plan(
     runtime: Runtime,
     m: int,
     n: int,
@@ -761,21 +784,21 @@ def staged_plan(
     fmt: formats.Format,
     multiprocessors: int = 132,
     shared_bytes: int = SHARED_BYTES,
-) -> StagedPlan:
+) -> HopperRowsPlan:
     found = (ctypes.c_int64 * 7)()
-    runtime.library.plan_of_staged(
+    runtime.library.plan_of_hopper_rows(
         m, n, k, fmt.block_elems, fmt.block_bytes, multiprocessors, shared_bytes, found
     )
-    return StagedPlan(*found)
+    return HopperRowsPlan(*found)
 
 
 @pytest.mark.parametrize("shared_bytes", [SHARED_BYTES, 101376])
-def test_every_staged_plan_fits(hip, fmt, shared_bytes) -> None:
+def test_every_hopper_rows_plan_fits(hip, fmt, shared_bytes) -> None:
     for m in (1, 7, 8, 9, 16, 33, 64, 65, 128, 129, 200, 1000, 100_000):
         for n in (5, 16, 48, 100, 1024, 4096, 8192, 11008, 14336, 28672, 128256):
             for k in (fmt.block_elems, 256, 768, 4096, 4352, 14336):
                 for multiprocessors in (1, 78, 114, 132):
-                    plan = staged_plan(hip, m, n, k, fmt, multiprocessors, shared_bytes)
+                    plan = hopper_rows_plan(hip, m, n, k, fmt, multiprocessors, shared_bytes)
                     units = -(-k // 256)
                     what = (m, n, k, multiprocessors, plan)
                     assert plan.shared_bytes <= shared_bytes, what
@@ -788,9 +811,9 @@ def test_every_staged_plan_fits(hip, fmt, shared_bytes) -> None:
                         assert (plan.groups, plan.splits) == (8, 1), what
 
 
-def test_staged_plans(hip) -> None:
+def test_hopper_rows_plans(hip) -> None:
     def plan(m: int, n: int, k: int, fmt: str = "q4_0", **device: int) -> tuple[int, ...]:
-        found = staged_plan(hip, m, n, k, formats.get(fmt), **device)
+        found = hopper_rows_plan(hip, m, n, k, formats.get(fmt), **device)
         return found.columns, found.groups, found.splits, found.blocks
 
     assert plan(1, 14336, 4096) == (8, 7, 1, 128)
@@ -808,7 +831,7 @@ def test_staged_plans(hip) -> None:
 
 
 @dataclass
-class PairedPlan:
+class HopperManyPlan:
     columns: int
     x_stages: int
     weight_stages: int
@@ -817,22 +840,22 @@ class PairedPlan:
     blocks: int
 
 
-def paired_plan(
+def hopper_many_plan(
     runtime: Runtime, m: int, n: int, k: int, fmt: formats.Format, multiprocessors: int = 132
-) -> PairedPlan:
+) -> HopperManyPlan:
     found = (ctypes.c_int64 * 6)()
-    runtime.library.plan_of_paired(
+    runtime.library.plan_of_hopper_many(
         m, n, k, fmt.block_elems, fmt.block_bytes, multiprocessors, SHARED_BYTES, found
     )
-    return PairedPlan(*found)
+    return HopperManyPlan(*found)
 
 
-def test_every_paired_plan_fits(hip, fmt) -> None:
+def test_every_hopper_many_plan_fits(hip, fmt) -> None:
     for m in (1, 127, 128, 129, 256, 300, 512, 1000, 2048, 100_000):
         for n in (5, 16, 48, 100, 1024, 4096, 11008, 14336, 128256):
             for k in (fmt.block_elems, 256, 768, 4096, 4352, 14336):
                 for multiprocessors in (1, 2, 78, 132):
-                    plan = paired_plan(hip, m, n, k, fmt, multiprocessors)
+                    plan = hopper_many_plan(hip, m, n, k, fmt, multiprocessors)
                     what = (m, n, k, multiprocessors, plan)
                     assert plan.shared_bytes <= SHARED_BYTES, what
                     # Fewer stages of x keep the matrix cores waiting.
@@ -846,11 +869,11 @@ def test_every_paired_plan_fits(hip, fmt) -> None:
                     assert (plan.blocks == 0) == (n < 16), what
 
 
-def test_paired_plans(hip) -> None:
+def test_hopper_many_plans(hip) -> None:
     """Those that were the quickest on an H100."""
 
     def plan(m: int, n: int, k: int, fmt: str = "q4_0") -> tuple[int, int]:
-        found = paired_plan(hip, m, n, k, formats.get(fmt))
+        found = hopper_many_plan(hip, m, n, k, formats.get(fmt))
         return found.columns, found.splits
 
     for fmt in ("q4_0", "q4_k"):
@@ -864,11 +887,11 @@ def test_paired_plans(hip) -> None:
     assert plan(1, 16, 256) == (128, 1), "too little of K to share out"
 
 
-def test_where_paired_is_quicker_than_blas(hip, fmt) -> None:
+def test_where_hopper_many_is_quicker_than_blas(hip, fmt) -> None:
     """As on an H100, where one of them took at least a twentieth less."""
 
     def rows(n: int, k: int) -> list[int]:
-        quicker, sizes = hip.library.paired_is_quicker, (fmt.block_elems, fmt.block_bytes)
+        quicker, sizes = hip.library.hopper_many_is_quicker, (fmt.block_elems, fmt.block_bytes)
         return [m for m in (256, 512, 1024, 2048) if quicker(m, n, k, *sizes)]
 
     assert rows(14336, 4096) == [256, 512, 1024, 2048]
@@ -879,6 +902,6 @@ def test_where_paired_is_quicker_than_blas(hip, fmt) -> None:
     assert 256 in rows(5120, 5120)
     assert 1024 not in rows(5120, 5120), "14 of 66 pairs of blocks in the second round"
     assert rows(2048, 2048) == rows(1024, 4096) == []
-    assert rows(15, 8192) == [], "no whole group of rows: matvec would have to do it all"
+    assert rows(15, 8192) == [], "no whole group of rows: rows would have to do it all"
     if fmt.name in ("q5_k", "q6_k"):
         assert 2048 not in rows(4096, 4096) + rows(4096, 14336)

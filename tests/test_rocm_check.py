@@ -29,8 +29,8 @@ spec.loader.exec_module(rocm_check)
 Kernel, Rule = rocm_check.Kernel, rocm_check.Rule
 
 REMARKS = """\
-toy.hip:5:1: remark: Function Name: matvec_f16_1 [-Rpass-analysis=kernel-resource-usage]
-    5 | extern "C" __global__ void __launch_bounds__(64) matvec_f16_1(const uint4* w, int n) {
+toy.hip:5:1: remark: Function Name: rows_f16_1 [-Rpass-analysis=kernel-resource-usage]
+    5 | extern "C" __global__ void __launch_bounds__(64) rows_f16_1(const uint4* w, int n) {
       | ^
 toy.hip:5:1: remark:     TotalSGPRs: 15 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:5:1: remark:     VGPRs: 14 [-Rpass-analysis=kernel-resource-usage]
@@ -41,20 +41,20 @@ toy.hip:5:1: remark:     Occupancy [waves/SIMD]: 8 [-Rpass-analysis=kernel-resou
 toy.hip:5:1: remark:     SGPRs Spill: 2 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:5:1: remark:     VGPRs Spill: 3 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:5:1: remark:     LDS Size [bytes/block]: 1024 [-Rpass-analysis=kernel-resource-usage]
-toy.hip:15:1: remark: Function Name: matmul_f16_16 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:15:1: remark: Function Name: tiles_f16_16 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:15:1: remark:     TotalSGPRs: 11 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:15:1: remark:     VGPRs: 18 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:15:1: remark:     Occupancy [waves/SIMD]: 16 [-Rpass-analysis=kernel-resource-usage]
 """
 
 # A loop that begins with a hint, a dual instruction, and a comment that touches the instruction.
-MATVEC_GFX1100 = """
+ROWS_GFX1100 = """
 toy.hsaco:	file format elf64-amdgpu
 
 Disassembly of section .text:
 
-0000000000001700 <matvec_f16_1>:
-	s_cbranch_execz 58                                         // 000000001740: BFA5003A <matvec_f16_1+0x12c>
+0000000000001700 <rows_f16_1>:
+	s_cbranch_execz 58                                         // 000000001740: BFA5003A <rows_f16_1+0x12c>
 	v_dual_mov_b32 v1, 0 :: v_dual_mov_b32 v8, v0              // 00000000174C: CA100080 01080100
 	s_clause 0x1                                               // 0000000017BC: BF850001
 	global_load_b128 v[9:12], v[2:3], off                      // 0000000017C0: DC5E0000 097C0002
@@ -63,20 +63,20 @@ Disassembly of section .text:
 	s_waitcnt vmcnt(0)                                         // 00000000180C: BF8903F7
 	v_dual_dot2acc_f32_f16 v6, v9, v11 :: v_dual_dot2acc_f32_f16 v7, v10, v12// 000000001810: CB181709 0606190A
 	s_and_not1_b32 exec_lo, exec_lo, s4                        // 000000001818: 917E047E
-	s_cbranch_execnz 65512                                     // 00000000181C: BFA6FFE8 <matvec_f16_1+0xbc>
+	s_cbranch_execnz 65512                                     // 00000000181C: BFA6FFE8 <rows_f16_1+0xbc>
 	s_endpgm                                                   // 000000001854: BFB00000
 	s_code_end                                                 // 000000001858: BF9F0000
 """  # noqa: E501
 
-MATMUL_GFX942 = """
-0000000000001b00 <matmul_f16_16>:
-	s_cbranch_scc1 33                                          // 000000001B24: BF850021 <matmul_f16_16+0xac>
+TILES_GFX942 = """
+0000000000001b00 <tiles_f16_16>:
+	s_cbranch_scc1 33                                          // 000000001B24: BF850021 <tiles_f16_16+0xac>
 	global_load_dwordx4 v[10:13], v[8:9], off offset:-8        // 000000001B58: DC5C9FF8 0A7F0008
 	s_add_i32 s8, s8, -1                                       // 000000001B68: 8108C108
 	s_waitcnt vmcnt(0)                                         // 000000001B80: BF8C0F70
 	v_mfma_f32_16x16x16_f16 v[2:5], v[10:11], v[14:15], v[2:5] // 000000001B84: D3CD0002 040A1D0A
 	v_mfma_f32_16x16x16_f16 v[2:5], v[12:13], v[16:17], v[2:5] // 000000001B8C: D3CD0002 040A210C
-	s_cbranch_scc0 65520                                       // 000000001B94: BF84FFF0 <matmul_f16_16+0x58>
+	s_cbranch_scc0 65520                                       // 000000001B94: BF84FFF0 <tiles_f16_16+0x58>
 	global_store_dwordx4 v0, v[2:5], s[2:3]                    // 000000001BA0: DC7C8000 00020200
 	s_endpgm                                                   // 000000001BA8: BF810000
 	s_nop 0                                                    // 000000001BC8: BF800000
@@ -95,34 +95,34 @@ def kernel(name: str, arch: str = "gfx1100", **changes: object) -> object:
 
 def test_resources() -> None:
     resources = rocm_check.parse_resources(REMARKS)
-    assert list(resources) == ["matvec_f16_1", "matmul_f16_16"]
-    assert resources["matvec_f16_1"] == {
+    assert list(resources) == ["rows_f16_1", "tiles_f16_16"]
+    assert resources["rows_f16_1"] == {
         "vgprs": 14, "agprs": 4, "sgprs": 15, "vgpr_spills": 3, "sgpr_spills": 2, "scratch": 16,
         "lds": 1024, "occupancy": 8,
     }  # fmt: skip
-    assert resources["matmul_f16_16"]["agprs"] == 0
+    assert resources["tiles_f16_16"]["agprs"] == 0
 
 
 def test_disassembly() -> None:
-    code = rocm_check.parse_disassembly(MATVEC_GFX1100 + MATMUL_GFX942)
-    assert list(code) == ["matvec_f16_1", "matmul_f16_16"]
-    matvec, matmul = code.values()
-    assert [each.target for each in matvec if each.target] == [0x182C, 0x17BC]
-    assert matvec[7].operations() == ["v_dual_dot2acc_f32_f16", "v_dual_dot2acc_f32_f16"]
+    code = rocm_check.parse_disassembly(ROWS_GFX1100 + TILES_GFX942)
+    assert list(code) == ["rows_f16_1", "tiles_f16_16"]
+    rows, matmul = code.values()
+    assert [each.target for each in rows if each.target] == [0x182C, 0x17BC]
+    assert rows[7].operations() == ["v_dual_dot2acc_f32_f16", "v_dual_dot2acc_f32_f16"]
     assert [each[-1].text for each in code.values()] == ["s_endpgm", "s_endpgm"]
-    counts = rocm_check.count(matvec)
+    counts = rocm_check.count(rows)
     expected = {"dot2_f16": 2, "load_16": 1, "load_narrow": 1, "wait": 1}
     assert {key: number for key, number in counts.items() if number} == expected
     assert rocm_check.count(matmul)["mfma"] == 2
 
 
 def test_hot_loop() -> None:
-    code = rocm_check.parse_disassembly(MATVEC_GFX1100 + MATMUL_GFX942)
-    matvec = rocm_check.hot_loop(code["matvec_f16_1"])
-    assert (matvec.instructions, matvec.products) == (6, 4)
-    matmul = rocm_check.hot_loop(code["matmul_f16_16"])
+    code = rocm_check.parse_disassembly(ROWS_GFX1100 + TILES_GFX942)
+    rows = rocm_check.hot_loop(code["rows_f16_1"])
+    assert (rows.instructions, rows.products) == (6, 4)
+    matmul = rocm_check.hot_loop(code["tiles_f16_16"])
     assert (matmul.instructions, matmul.products) == (6, 2 * 16 * 16 * 16 // 64)
-    assert rocm_check.hot_loop(code["matmul_f16_16"][:6]) is None
+    assert rocm_check.hot_loop(code["tiles_f16_16"][:6]) is None
 
 
 def body(*operations: str) -> list[object]:
@@ -173,22 +173,22 @@ def test_products(operation: str, products: int) -> None:
 
 def test_instructions_per_weight() -> None:
     """A lane's 4 products are 4 weights with one column, 2 weights with two."""
-    (matvec,) = rocm_check.parse_kernels(
-        "Q4_0", "gfx1100", REMARKS.partition("toy.hip:15")[0], MATVEC_GFX1100
+    (rows,) = rocm_check.parse_kernels(
+        "Q4_0", "gfx1100", REMARKS.partition("toy.hip:15")[0], ROWS_GFX1100
     )
-    assert matvec.instructions_per_weight == 6 / 4
-    assert dataclasses.replace(matvec, name="matvec_f16_2").instructions_per_weight == 6 / 2
-    assert dataclasses.replace(matvec, name="element_f16").instructions_per_weight is None
-    assert json.loads(json.dumps(rocm_check.as_json(matvec)))["registers"] == 14
+    assert rows.instructions_per_weight == 6 / 4
+    assert dataclasses.replace(rows, name="rows_f16_2").instructions_per_weight == 6 / 2
+    assert dataclasses.replace(rows, name="reference_f16").instructions_per_weight is None
+    assert json.loads(json.dumps(rocm_check.as_json(rows)))["registers"] == 14
 
 
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("matvec_f16_1", 1),
-        ("matvec_int8_8", 8),
-        ("staged_bf16_128", 128),
-        ("matmul_f16_wide", None),
+        ("rows_f16_1", 1),
+        ("rows_int8_8", 8),
+        ("hopper_rows_bf16_128", 128),
+        ("tiles_f16_wide", None),
         ("transposed", None),
         ("x86_64", None),
     ],
@@ -198,36 +198,37 @@ def test_columns(name: str, columns: int | None) -> None:
 
 
 def test_parse_kernels_wants_the_code_of_each_kernel() -> None:
-    with pytest.raises(ValueError, match=r"Q4_0 gfx1100: .*got none of \['matmul_f16_16'\]"):
-        rocm_check.parse_kernels("Q4_0", "gfx1100", REMARKS, MATVEC_GFX1100)
+    with pytest.raises(ValueError, match=r"Q4_0 gfx1100: .*got none of \['tiles_f16_16'\]"):
+        rocm_check.parse_kernels("Q4_0", "gfx1100", REMARKS, ROWS_GFX1100)
     with pytest.raises(ValueError, match="got none of any kernel"):
-        rocm_check.parse_kernels("Q4_0", "gfx1100", "", MATVEC_GFX1100)
+        rocm_check.parse_kernels("Q4_0", "gfx1100", "", ROWS_GFX1100)
 
 
 def test_agprs_count_where_registers_are_shared() -> None:
-    assert kernel("matvec_f16_1", "gfx90a", vgprs=100, agprs=40).registers == 140
-    assert kernel("matvec_f16_1", "gfx908", vgprs=100, agprs=40).registers == 100
+    assert kernel("rows_f16_1", "gfx90a", vgprs=100, agprs=40).registers == 140
+    assert kernel("rows_f16_1", "gfx908", vgprs=100, agprs=40).registers == 100
 
 
 PLANTED = [
     ("dequantize", "gfx1201", {"vgpr_spills": 1}),
     ("pack", "gfx906", {"sgpr_spills": 1}),
     ("embedding", "gfx950", {"scratch": 4}),
-    ("matvec_f32_1", "gfx1030", {"load_16": 0}),
-    ("matmul_bf16_64", "gfx90a", {"load_16": 0}),
-    ("matvec_int8_1", "gfx908", {"flat": 2}),
-    ("matvec_bf16_8", "gfx1100", {"vgprs": 129}),
-    ("matvec_f32_8", "gfx942", {"vgprs": 100, "agprs": 29}),
-    ("matvec_f32_8", "gfx90a", {"occupancy": 3}),
-    ("matvec_f32_8", "gfx906", {"occupancy": 1}),
-    ("matvec_f16_4", "gfx1151", {"dot2_f16": 0}),
-    ("matvec_int8_8", "gfx1200", {"dot4": 0}),
-    ("matmul_f16_16", "gfx908", {"mfma": 0}),
-    ("matmul_bf16_64", "gfx950", {"mfma": 0}),
-    ("matmul_f16_64", "gfx1102", {"wmma": 0}),
-    ("matmul_bf16_16", "gfx1201", {"wmma": 0}),
-    ("matmul_f16_16", "gfx906", {"dot2_f16": 0}),
-    ("matmul_f16_64", "gfx1030", {"dot2_f16": 0}),
+    ("rows_f32_1", "gfx1030", {"load_16": 0}),
+    ("tiles_bf16_64", "gfx90a", {"load_16": 0}),
+    ("rows_int8_1", "gfx908", {"flat": 2}),
+    ("tiles_f16_64", "gfx1201", {"flat": 1}),
+    ("rows_bf16_8", "gfx1100", {"vgprs": 129}),
+    ("rows_f32_8", "gfx942", {"vgprs": 100, "agprs": 29}),
+    ("rows_f32_8", "gfx90a", {"occupancy": 3}),
+    ("rows_f32_8", "gfx906", {"occupancy": 1}),
+    ("rows_f16_4", "gfx1151", {"dot2_f16": 0}),
+    ("rows_int8_8", "gfx1200", {"dot4": 0}),
+    ("tiles_f16_16", "gfx908", {"mfma": 0}),
+    ("tiles_bf16_64", "gfx950", {"mfma": 0}),
+    ("tiles_f16_64", "gfx1102", {"wmma": 0}),
+    ("tiles_bf16_16", "gfx1201", {"wmma": 0}),
+    ("tiles_f16_16", "gfx906", {"dot2_f16": 0}),
+    ("tiles_f16_64", "gfx1030", {"dot2_f16": 0}),
 ]
 
 
@@ -247,24 +248,22 @@ def test_every_rule_has_a_planted_violation() -> None:
 
 def test_rules_are_for_the_kernels_they_name() -> None:
     assert rocm_check.violations(kernel("transposed", load_16=0, dot2_f16=0, vgprs=200)) == []
-    assert rocm_check.violations(kernel("matmul_f16_16", "gfx1100", mfma=0, dot2_f16=0)) == []
-    assert rocm_check.violations(kernel("matmul_bf16_16", "gfx906", dot2_f16=0)) == []
+    assert rocm_check.violations(kernel("tiles_f16_16", "gfx1100", mfma=0, dot2_f16=0)) == []
+    assert rocm_check.violations(kernel("tiles_bf16_16", "gfx906", dot2_f16=0)) == []
 
 
 def test_idle_rules() -> None:
-    rules = [Rule("matvec_*", ("gfx9*",), "scratch"), Rule("matmul_*", ("gfx12*",), "scratch")]
-    kernels = [kernel("matvec_f16_1", "gfx906")]
+    rules = [Rule("rows_*", ("gfx9*",), "scratch"), Rule("tiles_*", ("gfx12*",), "scratch")]
+    kernels = [kernel("rows_f16_1", "gfx906")]
     assert rocm_check.idle_rules(kernels, ["gfx906"], rules) == []
     assert rocm_check.idle_rules(kernels, ["gfx906", "gfx1200"], rules) == [rules[1]]
-    assert rocm_check.idle_rules([kernel("matvec_f16_1", "gfx1200")], ["gfx906"], rules) == [
-        rules[0]
-    ]
+    assert rocm_check.idle_rules([kernel("rows_f16_1", "gfx1200")], ["gfx906"], rules) == [rules[0]]
 
 
 def test_every_default_architecture_has_a_matrix_or_dot_rule() -> None:
     """A new architecture must be put into one of the groups that the rules go by."""
     for arch in rocm_check.ARCHS:
-        figures = {rule.figure for rule in rocm_check.RULES if rule.covers("matmul_f16_16", arch)}
+        figures = {rule.figure for rule in rocm_check.RULES if rule.covers("tiles_f16_16", arch)}
         assert len(figures & {"mfma", "wmma", "dot2_f16"}) == 1, arch
 
 
@@ -288,14 +287,14 @@ def test_kind(text: str, kind: str) -> None:
 
 
 def test_kinds_of_a_loop_add_up_to_its_instructions() -> None:
-    code = rocm_check.parse_disassembly(MATVEC_GFX1100 + MATMUL_GFX942)
-    matvec = rocm_check.hot_loop(code["matvec_f16_1"])
-    assert matvec.kinds == {"matrix": 0, "dot": 1, "vector": 0, "memory": 2, "scalar": 3}
-    assert sum(matvec.kinds.values()) == matvec.instructions
-    assert matvec.loaded == 16 + 8
-    assert matvec.body[0] == "s_clause 0x1"
-    assert not any(text.startswith("s_cbranch") for text in matvec.body)
-    assert "body" not in rocm_check.as_json(kernel("matvec_f16_1", loop=matvec))["loop"]
+    code = rocm_check.parse_disassembly(ROWS_GFX1100 + TILES_GFX942)
+    rows = rocm_check.hot_loop(code["rows_f16_1"])
+    assert rows.kinds == {"matrix": 0, "dot": 1, "vector": 0, "memory": 2, "scalar": 3}
+    assert sum(rows.kinds.values()) == rows.instructions
+    assert rows.loaded == 16 + 8
+    assert rows.body[0] == "s_clause 0x1"
+    assert not any(text.startswith("s_cbranch") for text in rows.body)
+    assert "body" not in rocm_check.as_json(kernel("rows_f16_1", loop=rows))["loop"]
 
 
 @pytest.mark.parametrize(
@@ -358,81 +357,79 @@ def loop(products: int, **kinds: int) -> object:
 
 def test_weights() -> None:
     turn = loop(256, vector=10)
-    assert kernel("matmul_f16_16", loop=turn).weights == 16
-    assert kernel("matvec_f16_2", loop=turn).weights == 128
-    assert kernel("element_f16", loop=turn).weights is None
-    assert kernel("matvec_f16_1").weights is None
-    # Plain multiply-adds: a part of the block, which only matvec is known to take.
-    assert kernel("matvec_f32_8", loop=loop(0, vector=10)).weights == 32
-    assert kernel("matvec_f32_8", unit="Q6_K", loop=loop(0, vector=10)).weights == 64
-    assert kernel("matvec_f32_8", unit="common", loop=loop(0, vector=10)).weights is None
-    assert kernel("matmul_bf16_16", loop=loop(0, vector=10)).weights is None
+    assert kernel("tiles_f16_16", loop=turn).weights == 16
+    assert kernel("rows_f16_2", loop=turn).weights == 128
+    assert kernel("reference_f16", loop=turn).weights is None
+    assert kernel("rows_f16_1").weights is None
+    # Plain multiply-adds: a part of the block, which only rows is known to take.
+    assert kernel("rows_f32_8", loop=loop(0, vector=10)).weights == 32
+    assert kernel("rows_f32_8", unit="Q6_K", loop=loop(0, vector=10)).weights == 64
+    assert kernel("rows_f32_8", unit="common", loop=loop(0, vector=10)).weights is None
+    assert kernel("tiles_bf16_16", loop=loop(0, vector=10)).weights is None
 
 
 def test_spending() -> None:
     """Of 16 weights with 16 columns: a matrix unit is busy by itself, or the vector lanes are."""
     turn = loop(256, vector=32, dot=16, matrix=2, memory=6, scalar=8)
-    beside = rocm_check.spending(kernel("matmul_f16_16", "gfx942", loop=turn))
+    beside = rocm_check.spending(kernel("tiles_f16_16", "gfx942", loop=turn))
     assert (beside.instructions, beside.vector, beside.matrix, beside.busy) == (4, 3, 1, 3)
     assert beside.budget == pytest.approx(4.34, rel=0.005)
-    within = rocm_check.spending(kernel("matmul_f16_16", "gfx1100", loop=turn))
+    within = rocm_check.spending(kernel("tiles_f16_16", "gfx1100", loop=turn))
     assert (within.instructions, within.matrix, within.busy) == (4, 4, 7)
     no_matrix = loop(256, vector=32)
-    assert rocm_check.spending(kernel("matmul_f16_16", "gfx942", loop=no_matrix)).matrix == 0
-    assert rocm_check.spending(kernel("matmul_f16_16", "gfx906", loop=turn)) is None
-    assert rocm_check.spending(kernel("matmul_f16_16", "gfx942")) is None
-    assert rocm_check.spending(kernel("element_f16", "gfx942", loop=turn)) is None
+    assert rocm_check.spending(kernel("tiles_f16_16", "gfx942", loop=no_matrix)).matrix == 0
+    assert rocm_check.spending(kernel("tiles_f16_16", "gfx906", loop=turn)) is None
+    assert rocm_check.spending(kernel("tiles_f16_16", "gfx942")) is None
+    assert rocm_check.spending(kernel("reference_f16", "gfx942", loop=turn)) is None
 
 
 def test_exceeds() -> None:
     """The budget of q4_0 on MI300X is 4.3 a weight."""
-    less = rocm_check.spending(kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=120)))
+    less = rocm_check.spending(kernel("rows_f16_1", "gfx942", loop=loop(32, vector=120)))
     assert (less.exceeds, less.surely_exceeds) == (False, False)
-    some = rocm_check.spending(
-        kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=120, scalar=40))
-    )
+    some = rocm_check.spending(kernel("rows_f16_1", "gfx942", loop=loop(32, vector=120, scalar=40)))
     assert (some.exceeds, some.surely_exceeds) == (True, False)
-    more = rocm_check.spending(kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=160)))
+    more = rocm_check.spending(kernel("rows_f16_1", "gfx942", loop=loop(32, vector=160)))
     assert (more.exceeds, more.surely_exceeds) == (True, True)
     # 64 columns: few instructions, but each keeps the matrix unit busy.
-    matrix = rocm_check.spending(kernel("matmul_f16_64", "gfx1100", loop=loop(1024, matrix=8)))
+    matrix = rocm_check.spending(kernel("tiles_f16_64", "gfx1100", loop=loop(1024, matrix=8)))
     assert (matrix.exceeds, matrix.surely_exceeds) == (False, True)
 
 
 def test_over_budget() -> None:
     within, over = loop(32, vector=120), loop(32, vector=160)
-    assert rocm_check.over_budget([kernel("matvec_f16_1", "gfx942", loop=within)]) == []
+    assert rocm_check.over_budget([kernel("rows_f16_1", "gfx942", loop=within)]) == []
     lines = rocm_check.over_budget([
-        kernel("matvec_f16_8", "gfx942", loop=loop(32 * 8, vector=160)),
-        kernel("matvec_f16_1", "gfx942", unit="Q8_0", loop=within),
-        kernel("matvec_f16_1", "gfx942", unit="Q4_1", loop=over),
-        kernel("matvec_f16_1", "gfx942", loop=over),
-        kernel("matvec_f16_1", "gfx906", loop=over),
-        kernel("matvec_f16_16", "gfx942", loop=loop(32 * 16, vector=120, scalar=40)),
-        kernel("matmul_f16_64", "gfx1100", loop=loop(1024, vector=16, matrix=8)),
+        kernel("rows_f16_8", "gfx942", loop=loop(32 * 8, vector=160)),
+        kernel("rows_f16_1", "gfx942", unit="Q8_0", loop=within),
+        kernel("rows_f16_1", "gfx942", unit="Q4_1", loop=over),
+        kernel("rows_f16_1", "gfx942", loop=over),
+        kernel("rows_f16_1", "gfx906", loop=over),
+        kernel("rows_f16_16", "gfx942", loop=loop(32 * 16, vector=120, scalar=40)),
+        kernel("tiles_f16_64", "gfx1100", loop=loop(1024, vector=16, matrix=8)),
     ])  # fmt: skip
     assert [line.split(None, 1)[1] for line in lines] == [
-        "matvec_f16_1    q4_0! 5.0/5.0 of 4.3, q4_1! 5.0/5.0 of 4.8",
-        "matvec_f16_8    q4_0! 5.0/5.0 of 4.3",
-        "matvec_f16_16   q4_0 5.0/3.8 of 4.3",
-        "XTX   matmul_f16_64   q4_0! 1.5/17.0 of 9.0",
+        "rows_f16_1      q4_0! 5.0/5.0 of 4.3, q4_1! 5.0/5.0 of 4.8",
+        "rows_f16_8      q4_0! 5.0/5.0 of 4.3",
+        "rows_f16_16     q4_0 5.0/3.8 of 4.3",
+        "XTX   tiles_f16_64    q4_0! 1.5/17.0 of 9.0",
     ]
 
 
 def test_markdown() -> None:
     kernels = [
-        kernel("matvec_f16_1", "gfx942", loop=loop(32, vector=64, dot=16, scalar=16)),
-        kernel("matvec_f16_4", "gfx942", loop=loop(128, vector=120, scalar=40)),
-        kernel("matvec_f16_1", "gfx942", unit="Q6_K", loop=loop(64, vector=640)),
-        kernel("staged_f16_32", "gfx942", loop=loop(1024, vector=64, matrix=8)),
-        kernel("staged_f16_16", "gfx942"),
-        kernel("matvec_f16_1", "gfx1151", occupancy=16, loop=loop(32, vector=64)),
-        kernel("matvec_f16_1", "gfx906", loop=loop(32, vector=64)),
-        kernel("element_f16", "gfx942", loop=loop(32, vector=64)),
+        kernel("rows_f16_1", "gfx942", loop=loop(32, vector=64, dot=16, scalar=16)),
+        kernel("rows_f16_4", "gfx942", loop=loop(128, vector=120, scalar=40)),
+        kernel("rows_f16_1", "gfx942", unit="Q6_K", loop=loop(64, vector=640)),
+        kernel("hopper_rows_f16_32", "gfx942", loop=loop(1024, vector=64, matrix=8)),
+        kernel("hopper_rows_f16_16", "gfx942"),
+        kernel("rows_f16_1", "gfx1151", occupancy=16, loop=loop(32, vector=64)),
+        kernel("rows_f16_1", "gfx906", loop=loop(32, vector=64)),
+        kernel("reference_f16", "gfx942", loop=loop(32, vector=64)),
     ]
     mi300x, strix = rocm_check.markdown(kernels).split("\n\n")
     assert mi300x.splitlines() == [
-        "| MI300X | budget | matvec_f16_1 | matvec_f16_4 | staged_f16_16 | staged_f16_32 |",
+        "| MI300X | budget | rows_f16_1 | rows_f16_4 | hopper_rows_f16_16 | hopper_rows_f16_32 |",
         "|---|---|---|---|---|---|",
         "| q4_0 | 4.3 | 3.0 (2.5) 8w | _5.0_ (3.8) 8w | - | 2.2 (2.0 + 2) 8w |",
         "| q6_k | 6.3 | **10.0** (10.0) 8w | - | - | - |",
@@ -467,27 +464,27 @@ def test_modelled() -> None:
     wmma = dataclasses.replace(turn, counts=turn.counts | {"wmma": 2})
     broken = dataclasses.replace(turn, body=("planted",))
     lines, errors = rocm_check.modelled(Model(), [
-        kernel("matvec_f16_1", "gfx1100", loop=turn),
-        kernel("matvec_f16_1", "gfx1100", unit="Q8_0", loop=broken),
-        kernel("matvec_f16_1", "gfx942", loop=turn),
-        kernel("matmul_f16_16", "gfx1100", loop=wmma),
-        kernel("matvec_f16_1", "gfx906", loop=turn),
-        kernel("matvec_f16_2", "gfx942", loop=turn),
-        kernel("matmul_f16_16", "gfx942"),
+        kernel("rows_f16_1", "gfx1100", loop=turn),
+        kernel("rows_f16_1", "gfx1100", unit="Q8_0", loop=broken),
+        kernel("rows_f16_1", "gfx942", loop=turn),
+        kernel("tiles_f16_16", "gfx1100", loop=wmma),
+        kernel("rows_f16_1", "gfx906", loop=turn),
+        kernel("rows_f16_2", "gfx942", loop=turn),
+        kernel("tiles_f16_16", "gfx942"),
     ])  # fmt: skip
     assert [" ".join(line.split()) for line in lines] == [
-        "matmul_f16_16 gfx1100 q4_0 not modelled: LLVM takes v_wmma for an ordinary instruction",
-        "matvec_f16_1 gfx942 q4_0 400 clocks a turn, 256 of them issuing, 32 weights a lane",
-        "matvec_f16_1 gfx1100 q4_0 300 clocks a turn, 64 of them issuing, 32 weights a lane",
+        "rows_f16_1 gfx942 q4_0 400 clocks a turn, 256 of them issuing, 32 weights a lane",
+        "rows_f16_1 gfx1100 q4_0 300 clocks a turn, 64 of them issuing, 32 weights a lane",
+        "tiles_f16_16 gfx1100 q4_0 not modelled: LLVM takes v_wmma for an ordinary instruction",
     ]
-    assert errors == ["Q8_0 matvec_f16_1 gfx1100: llvm-mca\nplanted"]
+    assert errors == ["Q8_0 rows_f16_1 gfx1100: llvm-mca\nplanted"]
 
 
 def test_table_has_the_figures_by_weight() -> None:
     turn = loop(128, vector=64, dot=32, memory=16, scalar=16)
     turn = dataclasses.replace(turn, loaded=48)
-    quick = kernel("matvec_f16_4", "gfx942", loop=turn)
-    slow = kernel("matvec_f16_4", "gfx942", unit="Q8_0",
+    quick = kernel("rows_f16_4", "gfx942", loop=turn)
+    slow = kernel("rows_f16_4", "gfx942", unit="Q8_0",
                   loop=dataclasses.replace(turn, loaded=96))  # fmt: skip
     header, *lines = rocm_check.table([quick, slow], verbose=True)
     names = header.replace("a weight", "weight").replace("& column", "column").split()
@@ -503,8 +500,8 @@ def test_table_has_the_figures_by_weight() -> None:
 
 
 def test_table_shows_the_worst_format() -> None:
-    good = kernel("matvec_f16_1", vgprs=20, occupancy=16, load_16=9)
-    bad = dataclasses.replace(kernel("matvec_f16_1", vgprs=99, occupancy=4, load_16=2), unit="Q6_K")
+    good = kernel("rows_f16_1", vgprs=20, occupancy=16, load_16=9)
+    bad = dataclasses.replace(kernel("rows_f16_1", vgprs=99, occupancy=4, load_16=2), unit="Q6_K")
     header, line = rocm_check.table([good, bad], verbose=False)
     columns = dict(zip(header.split(), line.split(), strict=False))
     assert (columns["VGPR"], columns["waves"], columns["16-byte"]) == ("99", "4", "2")
@@ -525,7 +522,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class FakeToolchain:
-    """Has matvec_f16_1 of any source for any architecture, without 16-byte loads for Q6_K."""
+    """Has rows_f16_1 of any source for any architecture, without 16-byte loads for Q6_K."""
 
     def version(self) -> str:
         return "planted"
@@ -533,14 +530,14 @@ class FakeToolchain:
     def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
         if unit == "Q5_K":
             raise rocm_check.CompileError("hipcc\nerror: planted")
-        return [kernel("matvec_f16_1", arch, load_16=int(unit != "Q6_K"))]
+        return [kernel("rows_f16_1", arch, load_16=int(unit != "Q6_K"))]
 
 
 @pytest.mark.parametrize(
     ("formats", "status", "words"),
     [
         (["Q4_0", "Q4_1"], 0, "2 kernels, 0 violations, 0 errors"),
-        (["Q4_0", "Q6_K"], 1, "VIOLATION Q4_0 matvec_f16_1 gfx906: load_16"),
+        (["Q4_0", "Q6_K"], 1, "VIOLATION Q4_0 rows_f16_1 gfx906: load_16"),
         (["Q5_K"], 2, "ERROR Q5_K gfx906: hipcc\nerror: planted"),
     ],
 )
@@ -591,14 +588,14 @@ def test_tools_that_fail_are_errors_and_no_tracebacks(monkeypatch, capsys, tmp_p
 
     class NoModel(FakeToolchain):
         def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
-            return [kernel("matvec_f16_1", arch, loop=loop(32, vector=64))]
+            return [kernel("rows_f16_1", arch, loop=loop(32, vector=64))]
 
         def cycles(self, arch: str, body: object, directory: Path) -> float:
             raise rocm_check.CompileError("llvm-mca\nplanted")
 
     monkeypatch.setattr(rocm_check, "Toolchain", lambda root: NoModel())
     assert rocm_check.main(["--format", "Q4_0", "--arch", "gfx942", "--mca"]) == 2
-    assert "ERROR Q4_0 matvec_f16_1 gfx942: llvm-mca\nplanted" in capsys.readouterr().out
+    assert "ERROR Q4_0 rows_f16_1 gfx942: llvm-mca\nplanted" in capsys.readouterr().out
 
 
 # ---- ci/hip_run.sh -------------------------------------------------------------------------------
@@ -677,7 +674,7 @@ def test_hip_run_refuses_to_hide_the_root_s_own_files(small_root) -> None:
 def test_a_kernel_over_the_budget_is_no_violation(monkeypatch, capsys, tmp_path) -> None:
     class Spendthrift(FakeToolchain):
         def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
-            return [kernel("matvec_f16_1", arch, loop=loop(32, vector=160))]
+            return [kernel("rows_f16_1", arch, loop=loop(32, vector=160))]
 
     monkeypatch.setattr(rocm_check, "Toolchain", lambda root: Spendthrift())
     markdown = tmp_path / "table.md"
@@ -685,15 +682,15 @@ def test_a_kernel_over_the_budget_is_no_violation(monkeypatch, capsys, tmp_path)
     assert rocm_check.main(arguments) == 0
     out = capsys.readouterr().out
     assert "Over the budget" in out
-    assert "MI300X     matvec_f16_1    q4_0! 5.0/5.0 of 4.3" in out
+    assert "MI300X     rows_f16_1      q4_0! 5.0/5.0 of 4.3" in out
     assert "**5.0**" in markdown.read_text()
 
 
 def test_a_rule_without_kernels_is_an_error(monkeypatch, capsys) -> None:
     class OneKernel(FakeToolchain):
         def kernels(self, unit: str, arch: str, directory: Path) -> list[object]:
-            return [kernel("matvec_f16_1", arch)]
+            return [kernel("rows_f16_1", arch)]
 
     monkeypatch.setattr(rocm_check, "Toolchain", lambda root: OneKernel())
     assert rocm_check.main(["--arch", "gfx942"]) == 2
-    assert "ERROR no kernel is covered by Rule(kernels='matmul_f16_*'" in capsys.readouterr().out
+    assert "ERROR no kernel is covered by Rule(kernels='tiles_f16_*'" in capsys.readouterr().out

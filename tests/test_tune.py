@@ -26,14 +26,14 @@ from torch_q4 import _timing, _tune, cli, formats
 
 ops = torch.ops.torch_q4
 DEVICES = itertools.count(1)  # 0 is left alone: it could be a real one
-TABLE = {1: "matvec", 8: "matvec", 16: "blas"}
+TABLE = {1: "rows", 8: "rows", 16: "blas"}
 TIMES = {
-    "matvec": {1: 10.0, 8: 20.0, 16: 40.0},
-    "matmul_16": {1: 9.8, 8: 12.0, 16: 12.5},
+    "rows": {1: 10.0, 8: 20.0, 16: 40.0},
+    "tiles_16": {1: 9.8, 8: 12.0, 16: 12.5},
     "blas": {1: 60.0, 8: 60.0, 16: 60.0},
 }
-PLAN = ((1, "matvec"), (16, "matmul_16"))
-TEXT = "1 matvec\n16 matmul_16\n"
+PLAN = ((1, "rows"), (16, "tiles_16"))
+TEXT = "1 rows\n16 tiles_16\n"
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +128,10 @@ def test_what_was_found_is_reported_and_followed(device) -> None:
 def test_report_is_a_table(device) -> None:
     assert str(tune(save=False)).splitlines() == [
         f"64x256 q4_k, float16, on GPU {device} (sm_00): microseconds",
-        " M  matvec  matmul_16  blas  plan",
-        " 1    10.0        9.8  60.0  matvec",
-        " 8    20.0       12.0  60.0  matmul_16, 1.67x as fast as matvec",
-        "16    40.0       12.5  60.0  matmul_16, 4.80x as fast as blas",
+        " M  rows  tiles_16  blas  plan",
+        " 1  10.0       9.8  60.0  rows",
+        " 8  20.0      12.0  60.0  tiles_16, 1.67x as fast as rows",
+        "16  40.0      12.5  60.0  tiles_16, 4.80x as fast as blas",
     ]
 
 
@@ -147,11 +147,11 @@ def test_candidates_are_the_kernels_that_suit(device, monkeypatch) -> None:
     tune(dtype=torch.float32)
     tune(packed=False, dtype=torch.bfloat16)
     kernels = [args[-1] for args in asked]
-    assert {"matvec", "matmul_16", "matmul_64", "blas"} <= set(kernels[0])
+    assert {"rows", "tiles_16", "tiles_64", "blas"} <= set(kernels[0])
     for others in kernels[1:]:
-        assert {"matvec", "blas"} <= set(others)
-        assert {"matmul_16", "matmul_64"}.isdisjoint(others)
-    assert not any("element" in names for names in kernels)
+        assert {"rows", "blas"} <= set(others)
+        assert {"tiles_16", "tiles_64"}.isdisjoint(others)
+    assert not any("reference" in names for names in kernels)
     assert asked[0][:-1] == ("q4_k", 64, 256, torch.float16, True, [1, 8, 16])
     assert asked[2][3:5] == (torch.bfloat16, False)
 
@@ -251,7 +251,7 @@ class Rehearsal:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_measuring(monkeypatch, packed) -> None:
-    gpu = Rehearsal({"matvec": 200.0, "blas": 300.0})
+    gpu = Rehearsal({"rows": 200.0, "blas": 300.0})
 
     @contextlib.contextmanager
     def on_own_stream(device: torch.device) -> Iterator[Rehearsal]:
@@ -261,10 +261,10 @@ def test_measuring(monkeypatch, packed) -> None:
     monkeypatch.setattr(_tune, "_product", gpu.product)
     n, k, fmt = 70, 256, formats.get("q4_k")
     times = _tune._measure(
-        torch.device("cpu"), fmt, n, k, torch.float32, packed, [1, 3], ["matvec", "blas"]
+        torch.device("cpu"), fmt, n, k, torch.float32, packed, [1, 3], ["rows", "blas"]
     )
     # The median does not show the one round that was disturbed.
-    assert times == {"matvec": {1: 200.0, 3: 200.0}, "blas": {1: 300.0, 3: 300.0}}
+    assert times == {"rows": {1: 200.0, 3: 200.0}, "blas": {1: 300.0, 3: 300.0}}
     assert {rows for _, rows, _ in gpu.calls} == {1, 3}
     copies = {address for _, _, address in gpu.calls}
     assert len(copies) == 10  # of 144 * 70 bytes each
@@ -302,7 +302,7 @@ def test_plans_are_saved_with_what_they_hold_for(device, folder) -> None:
                 "packed": True,
                 "n": 64,
                 "k": 256,
-                "plan": [[1, "matvec"], [16, "matmul_16"]],
+                "plan": [[1, "rows"], [16, "tiles_16"]],
             }
         ],
     }
@@ -319,7 +319,7 @@ def test_saved_plans_come_back_at_a_devices_first_product(monkeypatch, folder) -
     path = folder / "tune.json"
     for plan in (
         saved(),
-        saved(dtype="bfloat16", plan=((3, "matmul_64"),)),
+        saved(dtype="bfloat16", plan=((3, "tiles_64"),)),
         saved(format="q5_k", torch_q4="0.0.1"),
         saved(format="q6_k", device="another"),
         saved(format="q8_0", architecture="sm_01"),
@@ -328,7 +328,7 @@ def test_saved_plans_come_back_at_a_devices_first_product(monkeypatch, folder) -
     number = next(DEVICES)
     fake_gpu(monkeypatch, number, "GPU")
     assert plan_text(number) == TEXT
-    assert plan_text(number, dtype=torch.bfloat16) == "3 matmul_64\n"
+    assert plan_text(number, dtype=torch.bfloat16) == "3 tiles_64\n"
     for fmt in ("q5_k", "q6_k", "q8_0"):
         assert plan_text(number, fmt) == "", "of another version, device or architecture"
     path.unlink()
@@ -381,7 +381,7 @@ DAMAGED = {
     "an unknown field": {"plans": [{**GOOD, "more": 1}]},
     "steps of a wrong kind": {"plans": [{**GOOD, "plan": [[1.5, "blas"]]}]},
     "an unknown kernel": {"plans": [{**GOOD, "plan": [[1, "fast"]]}]},
-    "an unsuited kernel": {"plans": [{**GOOD, "packed": False, "plan": [[1, "matmul_16"]]}]},
+    "an unsuited kernel": {"plans": [{**GOOD, "packed": False, "plan": [[1, "tiles_16"]]}]},
     "an unknown format": {"plans": [{**GOOD, "format": "q9"}]},
     "an unknown dtype": {"plans": [{**GOOD, "dtype": "float24"}]},
     "another dtype": {"plans": [{**GOOD, "dtype": "float64"}]},
@@ -508,7 +508,7 @@ def test_where_the_file_is(monkeypatch) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-TIMES_OF = {"matvec": 10.0, "blas": 60.0}
+TIMES_OF = {"rows": 10.0, "blas": 60.0}
 
 
 def test_command(monkeypatch, capsys, folder, device) -> None:
@@ -524,14 +524,14 @@ def test_command(monkeypatch, capsys, folder, device) -> None:
     out = capsys.readouterr().out
     assert "64x256 q4_k, bfloat16, on GPU" in out
     assert "32x512 q4_k, bfloat16, on GPU" in out
-    assert plan_text(device, dtype=torch.bfloat16) == "512 matvec\n"
+    assert plan_text(device, dtype=torch.bfloat16) == "512 rows\n"
     assert [(plan.n, plan.k) for plan in _tune._read(folder / "tune.json")] == [
         (64, 256), (32, 512)]  # fmt: skip
     assert cli.main([*command, "--json", "--no-save"]) == 0
     reports = json.loads(capsys.readouterr().out)
     assert [(report["n"], report["dtype"]) for report in reports] == [
         (64, "bfloat16"), (32, "bfloat16")]  # fmt: skip
-    assert reports[0]["plan"] == [[512, "matvec"]]
+    assert reports[0]["plan"] == [[512, "rows"]]
     assert reports[0]["microseconds"]["blas"]["48"] == 60.0
 
 

@@ -10,13 +10,13 @@
 namespace torch_q4::gpu {
 
 enum class LinearKernel {
-  kElement,     // a thread per output; what the others are compared with
-  kMatvec,      // reads the weight once for up to 8 rows of x
-  kMatvecInt8,  // the same with activations rounded to int8
-  kMatmul16,    // matrix cores, 16 rows of x at a time
-  kMatmul64,    // the same, 64 rows
-  kStaged,      // Hopper's, 8 to 128 rows
-  kPaired,      // Hopper's, 128 or 256 rows
+  kReference,   // a thread per output; what the others are compared with
+  kRows,        // reads the weight once for up to 8 rows of x
+  kRowsInt8,    // the same with activations rounded to int8
+  kTiles16,     // matrix cores, 16 rows of x at a time
+  kTiles64,     // the same, 64 rows
+  kHopperRows,  // Hopper's, 8 to 128 rows
+  kHopperMany,  // Hopper's, 128 or 256 rows
   kBlas,        // dequantises, then torch's own product
 };
 
@@ -52,13 +52,13 @@ struct LinearKernelInfo {
 };
 
 constexpr LinearKernelInfo kLinearKernels[] = {
-    {"element", LinearKernel::kElement, LinearRule::kAnyLayout, LinearRule::kAnyDType},
-    {"matvec", LinearKernel::kMatvec, LinearRule::kAnyLayout, LinearRule::kAnyDType},
-    {"matmul_16", LinearKernel::kMatmul16, LinearRule::kPackedOnly, LinearRule::k16Bit},
-    {"matmul_64", LinearKernel::kMatmul64, LinearRule::kPackedOnly, LinearRule::k16Bit},
-    {"staged", LinearKernel::kStaged, LinearRule::kPackedOnly, LinearRule::k16Bit,
+    {"reference", LinearKernel::kReference, LinearRule::kAnyLayout, LinearRule::kAnyDType},
+    {"rows", LinearKernel::kRows, LinearRule::kAnyLayout, LinearRule::kAnyDType},
+    {"tiles_16", LinearKernel::kTiles16, LinearRule::kPackedOnly, LinearRule::k16Bit},
+    {"tiles_64", LinearKernel::kTiles64, LinearRule::kPackedOnly, LinearRule::k16Bit},
+    {"hopper_rows", LinearKernel::kHopperRows, LinearRule::kPackedOnly, LinearRule::k16Bit,
      /*hopper_only=*/true},
-    {"paired", LinearKernel::kPaired, LinearRule::kPackedOnly, LinearRule::k16Bit,
+    {"hopper_many", LinearKernel::kHopperMany, LinearRule::kPackedOnly, LinearRule::k16Bit,
      /*hopper_only=*/true},
     {"blas", LinearKernel::kBlas, LinearRule::kAnyLayout, LinearRule::kAnyDType},
 };
@@ -73,38 +73,39 @@ constexpr bool takes_family(const LinearKernelInfo& kernel, Family family) {
   return !kernel.hopper_only || family == Family::kHopper;
 }
 
-// What paired_T_C and torch's own product should take, in nanoseconds: fitted to what they did take
-// on an H100 for weights of 1024 x 4096 to 28672 x 4096 and 128 to 2048 rows of x, most of it
+// What hopper_many_T_C and torch's own product should take, in nanoseconds: fitted to what they did
+// take on an H100 for weights of 1024 x 4096 to 28672 x 4096 and 128 to 2048 rows of x, most of it
 // within a tenth. Of weights of 2048 x 2048 and less it only says rightly that torch's is the
 // quicker.
-struct PairedCut {
-  int width;  // a position in kPairedColumns
+struct HopperManyCut {
+  int width;  // a position in kHopperManyColumns
   int32_t splits;
   int64_t time;
 };
 
 // The quickest way to cut the product up. Blocks are as many as multiprocessors, and those of the
 // last round, which need not be all of them, take as long as the others.
-constexpr PairedCut paired_cut(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
-                               int multiprocessors) {
+constexpr HopperManyCut hopper_many_cut(int64_t m, int64_t n, int64_t k, int block_elems,
+                                        int block_bytes, int multiprocessors) {
   constexpr int64_t kMostSplits = 8;
   // Of 128 elements of K, by what decoding takes: scales of K-quants, codes of more than four bits.
   const bool large = part_elems(block_elems) == 64, wide = block_bytes * 8 > 5 * block_elems;
-  const int64_t step_times[kPairedWidths] = {
+  const int64_t step_times[kHopperManyWidths] = {
       large ? (wide ? 1120 : 1010) : (wide ? 960 : 880),
       large ? (wide ? 1610 : 1480) : (wide ? 1490 : 1420),
   };
   const int64_t steps = (k + 127) / 128;
   const int64_t places = multiprocessors < 2 ? 1 : multiprocessors / 2;
-  PairedCut best = {0, 1, kAnyNumber};
-  for (int width = 0; width < kPairedWidths; ++width) {
+  HopperManyCut best = {0, 1, kAnyNumber};
+  for (int width = 0; width < kHopperManyWidths; ++width) {
     for (int32_t splits = 1; splits <= kMostSplits && (splits == 1 || 4 * splits <= steps);
          ++splits) {
-      PairedArgs args = {};
+      HopperManyArgs args = {};
       args.linear.m = m;
       args.linear.row_end = n / kGroupRows * kGroupRows;
       args.splits = splits;
-      const int64_t rounds = (paired_count(args, kPairedColumns[width]) + places - 1) / places;
+      const int64_t rounds =
+          (hopper_many_count(args, kHopperManyColumns[width]) + places - 1) / places;
       const int64_t arranging = 3500 + m * k / 1000;
       const int64_t adding_up = splits > 1 ? 2000 + splits * m * n / 300 : 0;
       const int64_t time =
@@ -122,8 +123,8 @@ constexpr int64_t blas_time(int64_t m, int64_t n, int64_t k, int block_elems) {
   return 2000 + dequantising + (reading > multiplying ? reading : multiplying);
 }
 
-constexpr bool paired_beats_blas(const LinearCase& c) {
-  return paired_cut(c.m, c.n, c.k, c.block_elems, c.block_bytes, c.multiprocessors).time <
+constexpr bool hopper_many_beats_blas(const LinearCase& c) {
+  return hopper_many_cut(c.m, c.n, c.k, c.block_elems, c.block_bytes, c.multiprocessors).time <
          blas_time(c.m, c.n, c.k, c.block_elems);
 }
 
@@ -134,13 +135,13 @@ constexpr bool paired_beats_blas(const LinearCase& c) {
 // columns as for one, and dequantising for torch's own product is worth it from about 100.
 constexpr LinearRule kNvidiaRules[] = {
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 48,
-     LinearKernel::kMatmul16},
+     LinearKernel::kTiles16},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 96,
-     LinearKernel::kMatmul64},
+     LinearKernel::kTiles64},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
-     LinearKernel::kMatvecInt8},
+     LinearKernel::kRowsInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
-     LinearKernel::kMatvec},
+     LinearKernel::kRows},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, kAnyNumber,
      LinearKernel::kBlas},
 };
@@ -149,22 +150,22 @@ constexpr LinearRule kNvidiaRules[] = {
 constexpr LinearRule kHopperRules[] = {
     // Of a small weight each block has little: what starts quickest wins.
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 16,
-     LinearKernel::kMatmul16, /*most_n=*/4096, /*most_k=*/4096},
+     LinearKernel::kTiles16, /*most_n=*/4096, /*most_k=*/4096},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 4,
-     LinearKernel::kMatmul16, /*most_n=*/8192, /*most_k=*/8192},
+     LinearKernel::kTiles16, /*most_n=*/8192, /*most_k=*/8192},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 64,
-     LinearKernel::kStaged},
+     LinearKernel::kHopperRows},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,
-     LinearKernel::kStaged, /*most_n=*/4096, /*most_k=*/4096},
+     LinearKernel::kHopperRows, /*most_n=*/4096, /*most_k=*/4096},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 128,
-     LinearKernel::kStaged, /*most_n=*/5120, /*most_k=*/5120},
+     LinearKernel::kHopperRows, /*most_n=*/5120, /*most_k=*/5120},
     // From 4096 rows on dequantising costs no more than arranging them does.
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 2048,
-     LinearKernel::kPaired, kAnyNumber, kAnyNumber, paired_beats_blas},
+     LinearKernel::kHopperMany, kAnyNumber, kAnyNumber, hopper_many_beats_blas},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
-     LinearKernel::kMatvecInt8},
+     LinearKernel::kRowsInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
-     LinearKernel::kMatvec},
+     LinearKernel::kRows},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, kAnyNumber,
      LinearKernel::kBlas},
 };
@@ -173,17 +174,16 @@ constexpr LinearRule kHopperRules[] = {
 // products for single rows, which NVIDIA's lack.
 constexpr LinearRule kAmdMatrixRules[] = {
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 2,
-     LinearKernel::kMatvecInt8},
-    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 2,
-     LinearKernel::kMatvec},
+     LinearKernel::kRowsInt8},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 2, LinearKernel::kRows},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 48,
-     LinearKernel::kMatmul16},
+     LinearKernel::kTiles16},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 128,
-     LinearKernel::kMatmul64},
+     LinearKernel::kTiles64},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
-     LinearKernel::kMatvecInt8},
+     LinearKernel::kRowsInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
-     LinearKernel::kMatvec},
+     LinearKernel::kRows},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, kAnyNumber,
      LinearKernel::kBlas},
 };
@@ -191,11 +191,11 @@ constexpr LinearRule kAmdMatrixRules[] = {
 // Not measured either. The matrix kernels run on dot products here.
 constexpr LinearRule kAmdNoMatrixRules[] = {
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
-     LinearKernel::kMatvecInt8},
+     LinearKernel::kRowsInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
-     LinearKernel::kMatvec},
+     LinearKernel::kRows},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 32,
-     LinearKernel::kMatmul16},
+     LinearKernel::kTiles16},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, kAnyNumber,
      LinearKernel::kBlas},
 };
@@ -228,23 +228,23 @@ constexpr LinearKernel choose_linear(const LinearCase& c) {
   }
 }
 
-// How staged_T_C cuts up a product of m rows of x with n packed rows of W.
-struct StagedPlan {
-  int width;  // a position in kStagedColumns
+// How hopper_rows_T_C cuts up a product of m rows of x with n packed rows of W.
+struct HopperRowsPlan {
+  int width;  // a position in kHopperRowsColumns
   int32_t groups, stages, splits;
 };
 
 // More of them gain nothing, since one is read while the others are on their way.
-constexpr int32_t kStagedUsefulStages = kStagedMostStages < 4 ? kStagedMostStages : 4;
+constexpr int32_t kHopperRowsUsefulStages = kHopperRowsMostStages < 4 ? kHopperRowsMostStages : 4;
 
 // The most stages for which a block's shared memory suffices, fewer than 2 if it does not.
-constexpr int32_t staged_stages(int width, int32_t groups, int block_elems, int block_bytes,
-                                int shared_bytes) {
-  StagedArgs args = {};
+constexpr int32_t hopper_rows_stages(int width, int32_t groups, int block_elems, int block_bytes,
+                                     int shared_bytes) {
+  HopperRowsArgs args = {};
   args.groups = groups;
-  args.stages = kStagedUsefulStages;
-  while (args.stages >= 2 && staged_shared_bytes(args, kStagedColumns[width], block_elems,
-                                                 block_bytes) > shared_bytes) {
+  args.stages = kHopperRowsUsefulStages;
+  while (args.stages >= 2 && hopper_rows_shared_bytes(args, kHopperRowsColumns[width], block_elems,
+                                                      block_bytes) > shared_bytes) {
     --args.stages;
   }
   return args.stages;
@@ -253,51 +253,51 @@ constexpr int32_t staged_stages(int width, int32_t groups, int block_elems, int 
 // One wave of blocks, as many as there are multiprocessors for: the fewest rows of W to a block
 // that leave no block over, and K split where there are too few rows, in parts of two units or
 // more.
-constexpr StagedPlan staged_plan(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
-                                 int multiprocessors, int shared_bytes) {
+constexpr HopperRowsPlan hopper_rows_plan(int64_t m, int64_t n, int64_t k, int block_elems,
+                                          int block_bytes, int multiprocessors, int shared_bytes) {
   const int64_t total = n < kGroupRows ? 1 : n / kGroupRows;
-  const int64_t most_splits = (k + kStagedUnit - 1) / kStagedUnit / 2;
+  const int64_t most_splits = (k + kStageUnit - 1) / kStageUnit / 2;
   int width = 0;
-  while (width < kStagedWidths - 1 && kStagedColumns[width] < m) ++width;
+  while (width < kHopperRowsWidths - 1 && kHopperRowsColumns[width] < m) ++width;
   for (;; --width) {
-    const int64_t column_blocks = (m + kStagedColumns[width] - 1) / kStagedColumns[width];
+    const int64_t column_blocks = (m + kHopperRowsColumns[width] - 1) / kHopperRowsColumns[width];
     const int64_t most_blocks =
         column_blocks < 1 ? multiprocessors : multiprocessors / column_blocks;
-    const int64_t fewest = (total + kStagedMostGroups - 1) / kStagedMostGroups;
+    const int64_t fewest = (total + kHopperRowsMostGroups - 1) / kHopperRowsMostGroups;
     int64_t splits = most_blocks / fewest;
     splits = splits > most_splits ? most_splits : splits;
     splits = splits < 1 ? 1 : splits;
     int32_t groups = 1;
-    while (groups < kStagedMostGroups && (total + groups - 1) / groups * splits > most_blocks) {
+    while (groups < kHopperRowsMostGroups && (total + groups - 1) / groups * splits > most_blocks) {
       ++groups;
     }
-    int32_t stages = staged_stages(width, groups, block_elems, block_bytes, shared_bytes);
+    int32_t stages = hopper_rows_stages(width, groups, block_elems, block_bytes, shared_bytes);
     if (stages < 2 && width > 0) continue;
     while (stages < 2 && groups > 1) {
-      stages = staged_stages(width, --groups, block_elems, block_bytes, shared_bytes);
+      stages = hopper_rows_stages(width, --groups, block_elems, block_bytes, shared_bytes);
     }
     return {width, groups, stages < 2 ? 2 : stages, static_cast<int32_t>(splits)};
   }
 }
 
-// How paired_T_C cuts up a product of m rows of x with n packed rows of W.
-struct PairedPlan {
-  int width;  // a position in kPairedColumns
+// How hopper_many_T_C cuts up a product of m rows of x with n packed rows of W.
+struct HopperManyPlan {
+  int width;  // a position in kHopperManyColumns
   int32_t x_stages, weight_stages, splits;
 };
 
 // As many stages of x as shared memory has room for beside two units of 256 elements of the
 // weights, since refilling one takes both blocks of a pair; then of the weights. Fewer than 2 of
 // either if there is no room.
-constexpr PairedPlan with_stages(PairedPlan plan, int block_elems, int block_bytes,
-                                 int shared_bytes) {
-  const int columns = kPairedColumns[plan.width];
+constexpr HopperManyPlan with_stages(HopperManyPlan plan, int block_elems, int block_bytes,
+                                     int shared_bytes) {
+  const int columns = kHopperManyColumns[plan.width];
   const int32_t most_x = columns > 128 ? 5 : 8;
-  const int32_t unit_stages = kStagedUnit / paired_unit(block_elems);
-  PairedArgs args = {};
+  const int32_t unit_stages = kStageUnit / hopper_many_unit(block_elems);
+  HopperManyArgs args = {};
   args.weight_stages = 2 * unit_stages;
   const auto fits = [&] {
-    return paired_shared_bytes(args, columns, block_elems, block_bytes) <= shared_bytes;
+    return hopper_many_shared_bytes(args, columns, block_elems, block_bytes) <= shared_bytes;
   };
   while (args.x_stages < most_x && (++args.x_stages, fits())) {
   }
@@ -308,9 +308,9 @@ constexpr PairedPlan with_stages(PairedPlan plan, int block_elems, int block_byt
   return {plan.width, args.x_stages, args.weight_stages, plan.splits};
 }
 
-constexpr PairedPlan paired_plan(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
-                                 int multiprocessors, int shared_bytes) {
-  const PairedCut cut = paired_cut(m, n, k, block_elems, block_bytes, multiprocessors);
+constexpr HopperManyPlan hopper_many_plan(int64_t m, int64_t n, int64_t k, int block_elems,
+                                          int block_bytes, int multiprocessors, int shared_bytes) {
+  const HopperManyCut cut = hopper_many_cut(m, n, k, block_elems, block_bytes, multiprocessors);
   return with_stages({cut.width, 0, 0, cut.splits}, block_elems, block_bytes, shared_bytes);
 }
 

@@ -29,19 +29,19 @@ void by_rows(const LinearArgs& args, int64_t rows, int64_t x_bytes, const Run& r
   }
 }
 
-void element(const Call& call, const LinearArgs& args) {
+void run_reference(const Call& call, const LinearArgs& args) {
   // HIP counts a grid's threads in 32 bits.
   const int64_t rows = std::max<int64_t>(8, (int64_t{1} << 31) / args.n / 8 * 8);
   by_rows(args, rows, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
-    call.run(element_kernel(args.dtype), element_grid(part), part);
+    call.run(reference_kernel(args.dtype), reference_grid(part), part);
   });
 }
 
-void matvec(const Call& call, const LinearArgs& args, bool int8) {
+void run_rows(const Call& call, const LinearArgs& args, bool int8) {
   int width = 0;
-  while (width < kMatvecWidths - 1 && kMatvecColumns[width] < args.m) ++width;
-  const int columns = kMatvecColumns[width];
-  const Kernel kernel = int8 ? matvec_int8_kernel(width) : matvec_kernel(args.dtype, width);
+  while (width < kRowsWidths - 1 && kRowsColumns[width] < args.m) ++width;
+  const int columns = kRowsColumns[width];
+  const Kernel kernel = int8 ? rows_int8_kernel(width) : rows_kernel(args.dtype, width);
   const int64_t x_bytes = int8 ? 1 : dtype_bytes(args.dtype);
   by_rows(args, kMostGridY * columns, x_bytes,
           [&](const LinearArgs& part) { call.run(kernel, rows_grid(part, columns), part); });
@@ -51,14 +51,14 @@ void matvec(const Call& call, const LinearArgs& args, bool int8) {
 void rows_that_are_not_packed(const Call& call, LinearArgs args) {
   args.row_begin = args.n / kGroupRows * kGroupRows;
   args.row_end = args.n;
-  if (args.row_begin < args.n) matvec(call, args, /*int8=*/false);
+  if (args.row_begin < args.n) run_rows(call, args, /*int8=*/false);
 }
 
-void matmul(const Call& call, LinearArgs args, int width) {
-  const int columns = kMatmulColumns[width];
+void run_tiles(const Call& call, LinearArgs args, int width) {
+  const int columns = kTilesColumns[width];
   args.row_end = args.n / kGroupRows * kGroupRows;
   by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
-    call.run(matmul_kernel(args.dtype, width), rows_grid(part, columns), part);
+    call.run(tiles_kernel(args.dtype, width), rows_grid(part, columns), part);
   });
   rows_that_are_not_packed(call, args);
 }
@@ -90,21 +90,23 @@ void add_up(const Call& call, const Tensor& partial, const LinearArgs& args) {
   call.run_common(kSumSplits, sum_grid(sum), sum, block);
 }
 
-void staged(const Call& call, LinearArgs args) {
+void run_hopper_rows(const Call& call, LinearArgs args) {
   const FormatInfo& format = call.format;
   const DeviceInfo& info = call.info();
-  const StagedPlan plan = staged_plan(args.m, args.n, args.k, format.block_elems,
-                                      format.block_bytes, info.multiprocessors, info.shared_bytes);
-  const int columns = kStagedColumns[plan.width];
+  const HopperRowsPlan plan =
+      hopper_rows_plan(args.m, args.n, args.k, format.block_elems, format.block_bytes,
+                       info.multiprocessors, info.shared_bytes);
+  const int columns = kHopperRowsColumns[plan.width];
   args.row_end = args.n / kGroupRows * kGroupRows;
   by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
     if (part.row_end == 0) return;
-    StagedArgs all = {part, nullptr, plan.groups, plan.stages, plan.splits};
+    HopperRowsArgs all = {part, nullptr, plan.groups, plan.stages, plan.splits};
     std::optional<Tensor> partial = partial_sums(call, part, plan.splits);
     if (partial) all.partial = static_cast<float*>(partial->mutable_data_ptr());
-    const int bytes = staged_shared_bytes(all, columns, format.block_elems, format.block_bytes);
-    call.run(staged_kernel(args.dtype, plan.width), staged_grid(all, columns), all,
-             {static_cast<unsigned>(staged_threads(columns)), static_cast<unsigned>(bytes)});
+    const int bytes =
+        hopper_rows_shared_bytes(all, columns, format.block_elems, format.block_bytes);
+    call.run(hopper_rows_kernel(args.dtype, plan.width), hopper_rows_grid(all, columns), all,
+             {static_cast<unsigned>(hopper_rows_threads(columns)), static_cast<unsigned>(bytes)});
     if (partial) add_up(call, *partial, part);
   });
   rows_that_are_not_packed(call, args);
@@ -117,36 +119,38 @@ int64_t arranged_rows(int64_t k) {
   return std::max(rows, kMultiple);
 }
 
-void paired(const Call& call, LinearArgs args) {
+void run_hopper_many(const Call& call, LinearArgs args) {
   const FormatInfo& format = call.format;
   const DeviceInfo& info = call.info();
   args.row_end = args.n / kGroupRows * kGroupRows;
   by_rows(args, arranged_rows(args.k), dtype_bytes(args.dtype), [&](const LinearArgs& part) {
     if (part.row_end == 0) return;
-    const PairedPlan plan =
-        paired_plan(part.m, part.n, part.k, format.block_elems, format.block_bytes,
-                    info.multiprocessors, info.shared_bytes);
-    const int columns = kPairedColumns[plan.width];
+    const HopperManyPlan plan =
+        hopper_many_plan(part.m, part.n, part.k, format.block_elems, format.block_bytes,
+                         info.multiprocessors, info.shared_bytes);
+    const int columns = kHopperManyColumns[plan.width];
     const Tensor arranged = call.empty({arranged_bytes(part.m, part.k, columns)}, ScalarType::Byte);
     const ArrangeArgs arrange = {part.x,  arranged.mutable_data_ptr(),
                                  part.m,  part.k,
                                  columns, static_cast<int32_t>(format.block_elems)};
     call.run_common(kArrange, arrange_grid(arrange), arrange);
-    PairedArgs all = {part, arrange.out, nullptr, plan.x_stages, plan.weight_stages, plan.splits};
+    HopperManyArgs all = {part,          arrange.out,        nullptr,
+                          plan.x_stages, plan.weight_stages, plan.splits};
     std::optional<Tensor> partial = partial_sums(call, part, plan.splits);
     if (partial) all.partial = static_cast<float*>(partial->mutable_data_ptr());
     Block block;
-    block.threads = kPairedThreads;
-    block.shared_bytes = paired_shared_bytes(all, columns, format.block_elems, format.block_bytes);
+    block.threads = kHopperManyThreads;
+    block.shared_bytes =
+        hopper_many_shared_bytes(all, columns, format.block_elems, format.block_bytes);
     block.overlaps = true;
-    call.run(paired_kernel(args.dtype, plan.width), paired_grid(all, columns, info.multiprocessors),
-             all, block);
+    call.run(hopper_many_kernel(args.dtype, plan.width),
+             hopper_many_grid(all, columns, info.multiprocessors), all, block);
     if (partial) add_up(call, *partial, part);
   });
   rows_that_are_not_packed(call, args);
 }
 
-void matvec_of_int8(const Call& call, LinearArgs args) {
+void rows_of_int8(const Call& call, LinearArgs args) {
   const int64_t count = args.m * args.k;
   const auto rounded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   const int64_t scales_at = rounded(count), sums_at = scales_at + rounded(count / 32 * 4);
@@ -163,7 +167,7 @@ void matvec_of_int8(const Call& call, LinearArgs args) {
   args.x = activations.codes;
   args.scales = activations.scales;
   args.sums = activations.sums;
-  matvec(call, args, /*int8=*/true);
+  run_rows(call, args, /*int8=*/true);
 }
 
 // The C entry points of torch's matrix products, which write to `out`. The dispatcher is told an
@@ -291,24 +295,24 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
   args.bias = bias_values ? bias_values->const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   switch (kernel) {
-    case LinearKernel::kElement:
-      element(call, args);
+    case LinearKernel::kReference:
+      run_reference(call, args);
       break;
-    case LinearKernel::kMatmul16:
-    case LinearKernel::kMatmul64:
-      matmul(call, args, kernel == LinearKernel::kMatmul16 ? 0 : 1);
+    case LinearKernel::kTiles16:
+    case LinearKernel::kTiles64:
+      run_tiles(call, args, kernel == LinearKernel::kTiles16 ? 0 : 1);
       break;
-    case LinearKernel::kStaged:
-      staged(call, args);
+    case LinearKernel::kHopperRows:
+      run_hopper_rows(call, args);
       break;
-    case LinearKernel::kPaired:
-      paired(call, args);
+    case LinearKernel::kHopperMany:
+      run_hopper_many(call, args);
       break;
-    case LinearKernel::kMatvecInt8:
-      matvec_of_int8(call, args);
+    case LinearKernel::kRowsInt8:
+      rows_of_int8(call, args);
       break;
     default:
-      matvec(call, args, /*int8=*/false);
+      run_rows(call, args, /*int8=*/false);
   }
   return out;
 }
@@ -327,15 +331,15 @@ Tensor linear_with(const Tensor& x, const Tensor& blocks, int64_t format_id,
   const FormatInfo format = check_linear(x, blocks, format_id, bias, compute);
   const LinearKernelInfo& info = find_linear_kernel(op, kernel);
   const bool int8 = compute == "int8";
-  TORCH_Q4_CHECK(!int8 || info.kernel == LinearKernel::kMatvec, op,
-                 ": kernel must be matvec for compute int8, got ", kernel);
+  TORCH_Q4_CHECK(!int8 || info.kernel == LinearKernel::kRows, op,
+                 ": kernel must be rows for compute int8, got ", kernel);
   TORCH_Q4_CHECK(takes_layout(info, packed), op, ": blocks must be packed for ", kernel,
                  ", got canonical ones");
   TORCH_Q4_CHECK(takes_dtype(info, dtype_of(x.scalar_type())), op,
                  ": x must be float16 or bfloat16 for ", kernel, ", got ",
                  dtype_name(x.scalar_type()));
   check_kernel_runs_on(op, info, x.get_device_index());
-  const LinearKernel given = int8 ? LinearKernel::kMatvecInt8 : info.kernel;
+  const LinearKernel given = int8 ? LinearKernel::kRowsInt8 : info.kernel;
   return run_linear(op, x, blocks, format, bias, int8, packed, &given);
 }
 

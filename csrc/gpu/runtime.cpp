@@ -116,8 +116,8 @@ bool serves_one(const std::string& built, const std::string& architecture) {
 
 Family family_of(const std::string& architecture) {
   if (architecture.rfind("gfx", 0) != 0) {
-    const bool has_staged = std::string(built_for_cuda()).find("90a") != std::string::npos;
-    return architecture == "sm_90" && has_staged ? Family::kHopper : Family::kNvidia;
+    const bool has_hopper_rows = std::string(built_for_cuda()).find("90a") != std::string::npos;
+    return architecture == "sm_90" && has_hopper_rows ? Family::kHopper : Family::kNvidia;
   }
   const bool no_matrix =
       architecture.rfind("gfx10", 0) == 0 ||
@@ -173,7 +173,7 @@ Module find_module(const char* op, const Driver& driver, CodeObject object, int 
 }
 
 bool has_dynamic_shared_memory(Kernel kernel) {
-  return kernel >= kStaged && kernel < kQuantizeActivations;
+  return kernel >= kHopperRows && kernel < kQuantizeActivations;
 }
 
 // The first use of a kernel on a device.
@@ -232,26 +232,26 @@ std::string kernel_name(Kernel kernel) {
     default:
       break;
   }
-  if (kernel < kMatvec) return std::string("element_") + kSuffixes[kernel - kElement];
-  if (kernel < kMatvecInt8) {
-    const int place = kernel - kMatvec;
-    return with_width(std::string("matvec_") + kSuffixes[place / kMatvecWidths],
-                      kMatvecColumns[place % kMatvecWidths]);
+  if (kernel < kRows) return std::string("reference_") + kSuffixes[kernel - kReference];
+  if (kernel < kRowsInt8) {
+    const int place = kernel - kRows;
+    return with_width(std::string("rows_") + kSuffixes[place / kRowsWidths],
+                      kRowsColumns[place % kRowsWidths]);
   }
-  if (kernel < kMatmul) return with_width("matvec_int8", kMatvecColumns[kernel - kMatvecInt8]);
-  if (kernel < kStaged) {
-    const int place = kernel - kMatmul;
-    return with_width(std::string("matmul_") + kSuffixes[1 + place / kMatmulWidths],
-                      kMatmulColumns[place % kMatmulWidths]);
+  if (kernel < kTiles) return with_width("rows_int8", kRowsColumns[kernel - kRowsInt8]);
+  if (kernel < kHopperRows) {
+    const int place = kernel - kTiles;
+    return with_width(std::string("tiles_") + kSuffixes[1 + place / kTilesWidths],
+                      kTilesColumns[place % kTilesWidths]);
   }
-  if (kernel < kPaired) {
-    const int place = kernel - kStaged;
-    return with_width(std::string("staged_") + kSuffixes[1 + place / kStagedWidths],
-                      kStagedColumns[place % kStagedWidths]);
+  if (kernel < kHopperMany) {
+    const int place = kernel - kHopperRows;
+    return with_width(std::string("hopper_rows_") + kSuffixes[1 + place / kHopperRowsWidths],
+                      kHopperRowsColumns[place % kHopperRowsWidths]);
   }
-  const int place = kernel - kPaired;
-  return with_width(std::string("paired_") + kSuffixes[1 + place / kPairedWidths],
-                    kPairedColumns[place % kPairedWidths]);
+  const int place = kernel - kHopperMany;
+  return with_width(std::string("hopper_many_") + kSuffixes[1 + place / kHopperManyWidths],
+                    kHopperManyColumns[place % kHopperManyWidths]);
 }
 
 const DeviceInfo& device_info(const char* op, int device) {

@@ -25,10 +25,10 @@ enum CodeObject : int {
 };
 
 constexpr int kDTypes = 3;
-constexpr int kMatvecWidths = sizeof(kMatvecColumns) / sizeof(int);
-constexpr int kMatmulWidths = sizeof(kMatmulColumns) / sizeof(int);
-constexpr int kStagedWidths = sizeof(kStagedColumns) / sizeof(int);
-constexpr int kPairedWidths = sizeof(kPairedColumns) / sizeof(int);
+constexpr int kRowsWidths = sizeof(kRowsColumns) / sizeof(int);
+constexpr int kTilesWidths = sizeof(kTilesColumns) / sizeof(int);
+constexpr int kHopperRowsWidths = sizeof(kHopperRowsColumns) / sizeof(int);
+constexpr int kHopperManyWidths = sizeof(kHopperManyColumns) / sizeof(int);
 
 // The entry points of kernels/arguments.h. Families are addressed by the functions below.
 enum Kernel : int {
@@ -38,35 +38,35 @@ enum Kernel : int {
   kUnpack,
   kQuantize,
   kTransposed,
-  kElement,
-  kMatvec = kElement + kDTypes,
-  kMatvecInt8 = kMatvec + kDTypes * kMatvecWidths,
-  kMatmul = kMatvecInt8 + kMatvecWidths,
-  kStaged = kMatmul + (kDTypes - 1) * kMatmulWidths,
-  kPaired = kStaged + (kDTypes - 1) * kStagedWidths,
-  kQuantizeActivations = kPaired + (kDTypes - 1) * kPairedWidths,
+  kReference,
+  kRows = kReference + kDTypes,
+  kRowsInt8 = kRows + kDTypes * kRowsWidths,
+  kTiles = kRowsInt8 + kRowsWidths,
+  kHopperRows = kTiles + (kDTypes - 1) * kTilesWidths,
+  kHopperMany = kHopperRows + (kDTypes - 1) * kHopperRowsWidths,
+  kQuantizeActivations = kHopperMany + (kDTypes - 1) * kHopperManyWidths,
   kSumSplits,
   kArrange,
   kKernelCount
 };
 
-constexpr Kernel element_kernel(DType dtype) { return Kernel(kElement + dtype); }
-// `width` is a position in kMatvecColumns, kMatmulColumns, kStagedColumns or kPairedColumns.
-constexpr Kernel matvec_kernel(DType dtype, int width) {
-  return Kernel(kMatvec + dtype * kMatvecWidths + width);
+constexpr Kernel reference_kernel(DType dtype) { return Kernel(kReference + dtype); }
+// `width` is a position in kRowsColumns, kTilesColumns, kHopperRowsColumns or kHopperManyColumns.
+constexpr Kernel rows_kernel(DType dtype, int width) {
+  return Kernel(kRows + dtype * kRowsWidths + width);
 }
-constexpr Kernel matvec_int8_kernel(int width) { return Kernel(kMatvecInt8 + width); }
-constexpr Kernel matmul_kernel(DType dtype, int width) {
-  return Kernel(kMatmul + (dtype - 1) * kMatmulWidths + width);
+constexpr Kernel rows_int8_kernel(int width) { return Kernel(kRowsInt8 + width); }
+constexpr Kernel tiles_kernel(DType dtype, int width) {
+  return Kernel(kTiles + (dtype - 1) * kTilesWidths + width);
 }
-constexpr Kernel staged_kernel(DType dtype, int width) {
-  return Kernel(kStaged + (dtype - 1) * kStagedWidths + width);
+constexpr Kernel hopper_rows_kernel(DType dtype, int width) {
+  return Kernel(kHopperRows + (dtype - 1) * kHopperRowsWidths + width);
 }
-constexpr Kernel paired_kernel(DType dtype, int width) {
-  return Kernel(kPaired + (dtype - 1) * kPairedWidths + width);
+constexpr Kernel hopper_many_kernel(DType dtype, int width) {
+  return Kernel(kHopperMany + (dtype - 1) * kHopperManyWidths + width);
 }
 
-// The entry point's name: "matvec_f16_4".
+// The entry point's name: "rows_f16_4".
 std::string kernel_name(Kernel kernel);
 
 constexpr int kMaxDevices = 64;
@@ -76,7 +76,8 @@ enum class Family {
   kNvidia,
   kAmdMatrix,    // matrix cores: MFMA of CDNA, WMMA of RDNA 3 and later
   kAmdNoMatrix,  // gfx906, RDNA 1 and 2
-  kHopper,  // sm_90 where the build has code for sm_90a, which alone has staged_T_C and paired_T_C
+  kHopper,       // sm_90 where the build has code for sm_90a, which alone has hopper_rows_T_C and
+                 // hopper_many_T_C
 };
 
 struct DeviceInfo {

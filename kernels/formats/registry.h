@@ -17,8 +17,9 @@
 //                            vectors, halves(i, out) and floats(i, out) are 16 rows' 2- or 4-byte
 //                            ones as numbers, words(i), halfwords(i) and bytes(i) those of 4, 2 or
 //                            1 bytes as they are, fifth_bits(i) has 16 where a bit of a 2-byte one
-//                            is set. look_up(codes, table) is each code's entry in a codebook,
-//                            interleave and join(low, high, half) put 8 and 8 bytes together
+//                            is set. look_up(codes, table) is each code's entry in a codebook
+//                            (look_up_nibbles and look_up_joined: codebooks.h), interleave and
+//                            join(low, high, half) put 8 and 8 bytes together
 //   part_scales(row, part, scales, shifts)
 //                            of one row, what a GPU's thread decodes at a time: of a block of 128
 //                            or 256, part p is segments 8 (p / 2) + p % 2 + {0, 2, 4, 6}; a block

@@ -21,7 +21,7 @@ def _read_constants(code: str) -> dict[str, Any]:
     """Every ``constexpr int`` and list of them, and every enumerator, by name."""
     found: dict[str, Any] = {}
     for names in re.findall(r"^constexpr int ([^;(]+);", code, re.MULTILINE):
-        for name, value in re.findall(r"(\w+)(?:\[\])? = (\{[^}]*\}|[^,{]+)", names):
+        for name, value in re.findall(r"(\w+)(?:\[\])? =\s+(\{[^}]*\}|[^,{]+)", names):
             value = re.sub(r"k[A-Z]\w+", lambda known: str(found[known[0]]), value)
             if value.startswith("{"):
                 found[name] = ast.literal_eval(f"({value[1:-1]},)")
@@ -57,29 +57,29 @@ STRUCTS = _read_structures(_CODE)
 
 BLOCK_THREADS = CONSTANTS["kBlockThreads"]
 GROUP_ROWS = CONSTANTS["kGroupRows"]
-MATVEC_COLUMNS = CONSTANTS["kMatvecColumns"]
-MATMUL_COLUMNS = CONSTANTS["kMatmulColumns"]
+ROWS_COLUMNS = CONSTANTS["kRowsColumns"]
+TILES_COLUMNS = CONSTANTS["kTilesColumns"]
 TRANSPOSED_ROWS = CONSTANTS["kTransposedRows"]
 PANEL_COLUMNS = CONSTANTS["kPanelColumns"]
-STAGED_COLUMNS = CONSTANTS["kStagedColumns"]
-STAGED_UNIT = CONSTANTS["kStagedUnit"]
-STAGED_MOST_GROUPS = CONSTANTS["kStagedMostGroups"]
-STAGED_PRODUCERS = CONSTANTS["kStagedProducers"]
-STAGED_MOST_STAGES = CONSTANTS["kStagedMostStages"]
-STAGED_BARRIER_BYTES = CONSTANTS["kStagedBarrierBytes"]
-STAGED_SUM_STRIDE = CONSTANTS["kStagedSumStride"]
-PAIRED_COLUMNS = CONSTANTS["kPairedColumns"]
-PAIRED_ROWS = CONSTANTS["kPairedRows"]
-PAIRED_MOST_STAGES = CONSTANTS["kPairedMostStages"]
-PAIRED_THREADS = CONSTANTS["kPairedThreads"]
-PAIRED_BARRIER_BYTES = CONSTANTS["kPairedBarrierBytes"]
-PAIRED_STORE_BYTES = CONSTANTS["kPairedStoreBytes"]
+HOPPER_ROWS_COLUMNS = CONSTANTS["kHopperRowsColumns"]
+STAGE_UNIT = CONSTANTS["kStageUnit"]
+HOPPER_ROWS_MOST_GROUPS = CONSTANTS["kHopperRowsMostGroups"]
+HOPPER_ROWS_PRODUCERS = CONSTANTS["kHopperRowsProducers"]
+HOPPER_ROWS_MOST_STAGES = CONSTANTS["kHopperRowsMostStages"]
+HOPPER_ROWS_BARRIER_BYTES = CONSTANTS["kHopperRowsBarrierBytes"]
+HOPPER_ROWS_SUM_STRIDE = CONSTANTS["kHopperRowsSumStride"]
+HOPPER_MANY_COLUMNS = CONSTANTS["kHopperManyColumns"]
+HOPPER_MANY_ROWS = CONSTANTS["kHopperManyRows"]
+HOPPER_MANY_MOST_STAGES = CONSTANTS["kHopperManyMostStages"]
+HOPPER_MANY_THREADS = CONSTANTS["kHopperManyThreads"]
+HOPPER_MANY_BARRIER_BYTES = CONSTANTS["kHopperManyBarrierBytes"]
+HOPPER_MANY_STORE_BYTES = CONSTANTS["kHopperManyStoreBytes"]
 ARRANGE_ROWS = CONSTANTS["kArrangeRows"]
 FLOAT32, FLOAT16, BFLOAT16 = (CONSTANTS[name] for name in ("kFloat32", "kFloat16", "kBFloat16"))
 
 LinearArgs = STRUCTS["LinearArgs"]
-StagedArgs = STRUCTS["StagedArgs"]
-PairedArgs = STRUCTS["PairedArgs"]
+HopperRowsArgs = STRUCTS["HopperRowsArgs"]
+HopperManyArgs = STRUCTS["HopperManyArgs"]
 ArrangeArgs = STRUCTS["ArrangeArgs"]
 DequantizeArgs = STRUCTS["DequantizeArgs"]
 EmbeddingArgs = STRUCTS["EmbeddingArgs"]
@@ -109,7 +109,7 @@ def embedding_grid(a: Any, block_elems: int) -> Grid:
     return ceil_div(a.count * (a.k // part_elems(block_elems)), BLOCK_THREADS), 1
 
 
-def element_grid(a: Any) -> Grid:
+def reference_grid(a: Any) -> Grid:
     return ceil_div(a.m * (a.row_end - a.row_begin), BLOCK_THREADS), 1
 
 
@@ -121,72 +121,74 @@ def transposed_grid(a: Any) -> Grid:
     return ceil_div(a.k, 256) * a.splits, ceil_div(a.m, TRANSPOSED_ROWS)
 
 
-def staged_share(columns: int) -> int:
+def hopper_rows_share(columns: int) -> int:
     return 1 if columns > 32 else 2
 
 
-def staged_threads(columns: int) -> int:
-    return 32 * STAGED_MOST_GROUPS * staged_share(columns) + STAGED_PRODUCERS
+def hopper_rows_threads(columns: int) -> int:
+    return 32 * HOPPER_ROWS_MOST_GROUPS * hopper_rows_share(columns) + HOPPER_ROWS_PRODUCERS
 
 
-def staged_offset(block_elems: int, offset: int) -> int:
-    return offset + offset // (1024 if block_elems == STAGED_UNIT else 8192) * 64
+def stage_offset(block_elems: int, offset: int) -> int:
+    return offset + offset // (1024 if block_elems == STAGE_UNIT else 8192) * 64
 
 
-def staged_block_bytes(block_elems: int, block_bytes: int) -> int:
-    return staged_offset(block_elems, GROUP_ROWS * block_bytes - 16) + 16
+def stage_block_bytes(block_elems: int, block_bytes: int) -> int:
+    return stage_offset(block_elems, GROUP_ROWS * block_bytes - 16) + 16
 
 
-def staged_shared_bytes(a: Any, columns: int, block_elems: int, block_bytes: int) -> int:
-    x = STAGED_UNIT // 16 * (columns * 16 * 2 + 16)
-    weights = STAGED_UNIT // block_elems * staged_block_bytes(block_elems, block_bytes)
-    sums = staged_share(columns) * STAGED_MOST_GROUPS * columns * STAGED_SUM_STRIDE * 4
-    return STAGED_BARRIER_BYTES + max(a.stages * (x + a.groups * weights), sums)
+def hopper_rows_shared_bytes(a: Any, columns: int, block_elems: int, block_bytes: int) -> int:
+    x = STAGE_UNIT // 16 * (columns * 16 * 2 + 16)
+    weights = STAGE_UNIT // block_elems * stage_block_bytes(block_elems, block_bytes)
+    sums = (
+        hopper_rows_share(columns) * HOPPER_ROWS_MOST_GROUPS * columns * HOPPER_ROWS_SUM_STRIDE * 4
+    )
+    return HOPPER_ROWS_BARRIER_BYTES + max(a.stages * (x + a.groups * weights), sums)
 
 
-def staged_grid(a: Any, columns: int) -> Grid:
+def hopper_rows_grid(a: Any, columns: int) -> Grid:
     groups = (a.linear.row_end - a.linear.row_begin) // GROUP_ROWS
     return ceil_div(groups, a.groups) * a.splits, ceil_div(a.linear.m, columns)
 
 
-def paired_unit(block_elems: int) -> int:
-    return STAGED_UNIT if part_elems(block_elems) == 64 else STAGED_UNIT // 2
+def hopper_many_unit(block_elems: int) -> int:
+    return STAGE_UNIT if part_elems(block_elems) == 64 else STAGE_UNIT // 2
 
 
-def paired_x_bytes(columns: int) -> int:
+def hopper_many_x_bytes(columns: int) -> int:
     return columns * 64 * 2
 
 
-def paired_weight_bytes(block_elems: int, block_bytes: int) -> int:
-    blocks = paired_unit(block_elems) // block_elems
-    return blocks * staged_block_bytes(block_elems, block_bytes)
+def hopper_many_weight_bytes(block_elems: int, block_bytes: int) -> int:
+    blocks = hopper_many_unit(block_elems) // block_elems
+    return blocks * stage_block_bytes(block_elems, block_bytes)
 
 
-def paired_shared_bytes(a: Any, columns: int, block_elems: int, block_bytes: int) -> int:
-    x = a.x_stages * paired_x_bytes(columns)
-    weights = a.weight_stages * paired_weight_bytes(block_elems, block_bytes)
-    groups = PAIRED_ROWS // GROUP_ROWS
-    return PAIRED_BARRIER_BYTES + x + groups * (weights + PAIRED_STORE_BYTES)
+def hopper_many_shared_bytes(a: Any, columns: int, block_elems: int, block_bytes: int) -> int:
+    x = a.x_stages * hopper_many_x_bytes(columns)
+    weights = a.weight_stages * hopper_many_weight_bytes(block_elems, block_bytes)
+    groups = HOPPER_MANY_ROWS // GROUP_ROWS
+    return HOPPER_MANY_BARRIER_BYTES + x + groups * (weights + HOPPER_MANY_STORE_BYTES)
 
 
-def paired_row_pairs(a: Any) -> int:
-    return ceil_div(a.row_end - a.row_begin, 2 * PAIRED_ROWS)
+def hopper_many_row_pairs(a: Any) -> int:
+    return ceil_div(a.row_end - a.row_begin, 2 * HOPPER_MANY_ROWS)
 
 
-def paired_count(a: Any, columns: int) -> int:
-    return paired_row_pairs(a.linear) * ceil_div(a.linear.m, columns) * a.splits
+def hopper_many_count(a: Any, columns: int) -> int:
+    return hopper_many_row_pairs(a.linear) * ceil_div(a.linear.m, columns) * a.splits
 
 
-def paired_grid(a: Any, columns: int, multiprocessors: int) -> Grid:
-    return 2 * min(paired_count(a, columns), max(1, multiprocessors // 2)), 1
+def hopper_many_grid(a: Any, columns: int, multiprocessors: int) -> Grid:
+    return 2 * min(hopper_many_count(a, columns), max(1, multiprocessors // 2)), 1
 
 
 def arranged_bytes(m: int, k: int, columns: int) -> int:
-    return ceil_div(m, columns) * columns * ceil_div(k, STAGED_UNIT) * STAGED_UNIT * 2
+    return ceil_div(m, columns) * columns * ceil_div(k, STAGE_UNIT) * STAGE_UNIT * 2
 
 
 def arrange_grid(a: Any) -> Grid:
-    return ceil_div(a.k, STAGED_UNIT), ceil_div(a.m, ARRANGE_ROWS)
+    return ceil_div(a.k, STAGE_UNIT), ceil_div(a.m, ARRANGE_ROWS)
 
 
 def sum_grid(a: Any) -> Grid:

@@ -65,21 +65,21 @@ def _format_cases(fmt: Format) -> Iterator[Case]:
     if fmt.name in QUANTIZERS:
         yield case("quantize", _quantize)
     for dtype in FLOATS:
-        yield case(f"element_{dtype.name}", _linear, dtype, 0)
-    for columns in args.MATVEC_COLUMNS:
+        yield case(f"reference_{dtype.name}", _linear, dtype, 0)
+    for columns in args.ROWS_COLUMNS:
         for dtype in FLOATS:
-            yield case(f"matvec_{dtype.name}_{columns}", _linear, dtype, columns)
-        yield case(f"matvec_int8_{columns}", _linear_int8, columns)
-    for columns in args.MATMUL_COLUMNS:
+            yield case(f"rows_{dtype.name}_{columns}", _linear, dtype, columns)
+        yield case(f"rows_int8_{columns}", _linear_int8, columns)
+    for columns in args.TILES_COLUMNS:
         for dtype in FLOATS[1:]:
-            yield case(f"matmul_{dtype.name}_{columns}", _matmul, dtype, columns)
-    for columns in args.STAGED_COLUMNS:
+            yield case(f"tiles_{dtype.name}_{columns}", _tiles, dtype, columns)
+    for columns in args.HOPPER_ROWS_COLUMNS:
         for dtype in FLOATS[1:]:
-            one = case(f"staged_{dtype.name}_{columns}", _staged, dtype, columns)
+            one = case(f"hopper_rows_{dtype.name}_{columns}", _hopper_rows, dtype, columns)
             yield dataclasses.replace(one, optional=True)
-    for columns in args.PAIRED_COLUMNS:
+    for columns in args.HOPPER_MANY_COLUMNS:
         for dtype in FLOATS[1:]:
-            one = case(f"paired_{dtype.name}_{columns}", _paired, dtype, columns)
+            one = case(f"hopper_many_{dtype.name}_{columns}", _hopper_many, dtype, columns)
             yield dataclasses.replace(one, optional=True)
     yield case("transposed", _transposed)
 
@@ -340,13 +340,13 @@ def _launcher(session: Session, function: int, columns: int) -> Launch:
     """``columns`` is 0 for the kernel that computes one output a thread."""
 
     def launch(a: args.LinearArgs) -> None:
-        grid = args.rows_grid(a, columns) if columns else args.element_grid(a)
+        grid = args.rows_grid(a, columns) if columns else args.reference_grid(a)
         session.launch(function, grid, a)
 
     return launch
 
 
-def _staged_launcher(
+def _hopper_rows_launcher(
     session: Session,
     function: int,
     fmt: Format,
@@ -359,23 +359,28 @@ def _staged_launcher(
     sizes = columns, fmt.block_elems, fmt.block_bytes
 
     def launch(a: args.LinearArgs) -> None:
-        staged = args.StagedArgs(linear=a, groups=groups, stages=stages)
-        staged.splits = min(splits, args.ceil_div(a.k, args.STAGED_UNIT))
-        while args.staged_shared_bytes(staged, *sizes) > HOPPER_SHARED_BYTES:
-            staged.stages -= 1
-        shape = staged.splits, a.m, a.row_end - a.row_begin
-        partial = session.output(shape, np.float32) if staged.splits > 1 else None
-        staged.partial = partial.address if partial else None
-        grid, threads = args.staged_grid(staged, columns), args.staged_threads(columns)
-        session.launch(function, grid, staged, threads, args.staged_shared_bytes(staged, *sizes))
+        hopper_rows = args.HopperRowsArgs(linear=a, groups=groups, stages=stages)
+        hopper_rows.splits = min(splits, args.ceil_div(a.k, args.STAGE_UNIT))
+        while args.hopper_rows_shared_bytes(hopper_rows, *sizes) > HOPPER_SHARED_BYTES:
+            hopper_rows.stages -= 1
+        shape = hopper_rows.splits, a.m, a.row_end - a.row_begin
+        partial = session.output(shape, np.float32) if hopper_rows.splits > 1 else None
+        hopper_rows.partial = partial.address if partial else None
+        grid, threads = (
+            args.hopper_rows_grid(hopper_rows, columns),
+            args.hopper_rows_threads(columns),
+        )
+        session.launch(
+            function, grid, hopper_rows, threads, args.hopper_rows_shared_bytes(hopper_rows, *sizes)
+        )
         if partial is None:
             return
-        _add_up(session, a, partial, staged.splits)
+        _add_up(session, a, partial, hopper_rows.splits)
 
     return launch
 
 
-def _paired_launcher(
+def _hopper_many_launcher(
     session: Session,
     function: int,
     fmt: Format,
@@ -389,30 +394,30 @@ def _paired_launcher(
     sizes = columns, fmt.block_elems, fmt.block_bytes
 
     def launch(a: args.LinearArgs) -> None:
-        paired = args.PairedArgs(linear=a, x_stages=x_stages, weight_stages=weight_stages)
-        paired.splits = min(splits, args.ceil_div(a.k, args.paired_unit(fmt.block_elems)))
-        while args.paired_shared_bytes(paired, *sizes) > HOPPER_SHARED_BYTES:
-            if paired.x_stages >= paired.weight_stages:
-                paired.x_stages -= 1
+        hopper_many = args.HopperManyArgs(linear=a, x_stages=x_stages, weight_stages=weight_stages)
+        hopper_many.splits = min(splits, args.ceil_div(a.k, args.hopper_many_unit(fmt.block_elems)))
+        while args.hopper_many_shared_bytes(hopper_many, *sizes) > HOPPER_SHARED_BYTES:
+            if hopper_many.x_stages >= hopper_many.weight_stages:
+                hopper_many.x_stages -= 1
             else:
-                paired.weight_stages -= 1
+                hopper_many.weight_stages -= 1
         # What arrange leaves unwritten is NaN, which then must not get into other columns.
         arranged = session.output((args.arranged_bytes(a.m, a.k, columns) // 2,), np.uint16)
         order = args.ArrangeArgs(
             x=a.x, out=arranged.address, m=a.m, k=a.k, columns=columns, block_elems=fmt.block_elems
         )
         session.launch(session.kernel(COMMON, "arrange"), args.arrange_grid(order), order)
-        paired.linear.x = None  # so that reading it is a fault
-        paired.arranged = arranged.address
-        shape = paired.splits, a.m, a.row_end - a.row_begin
-        partial = session.output(shape, np.float32) if paired.splits > 1 else None
-        paired.partial = partial.address if partial else None
-        grid = args.paired_grid(paired, columns, multiprocessors)
-        shared_bytes = args.paired_shared_bytes(paired, *sizes)
-        session.launch(function, grid, paired, args.PAIRED_THREADS, shared_bytes)
+        hopper_many.linear.x = None  # so that reading it is a fault
+        hopper_many.arranged = arranged.address
+        shape = hopper_many.splits, a.m, a.row_end - a.row_begin
+        partial = session.output(shape, np.float32) if hopper_many.splits > 1 else None
+        hopper_many.partial = partial.address if partial else None
+        grid = args.hopper_many_grid(hopper_many, columns, multiprocessors)
+        shared_bytes = args.hopper_many_shared_bytes(hopper_many, *sizes)
+        session.launch(function, grid, hopper_many, args.HOPPER_MANY_THREADS, shared_bytes)
         arranged.read()  # looks at its guards
         if partial is not None:
-            _add_up(session, a, partial, paired.splits)
+            _add_up(session, a, partial, hopper_many.splits)
 
     return launch
 
@@ -486,14 +491,14 @@ def _linear(
     launch = _launcher(session, function, columns)
     _products(session, rng, _row_shapes(fmt, columns, size), fmt, dtype, launch)
     _nan_row(session, rng, fmt, dtype, launch)
-    # The element kernel's time goes with the outputs; it has no fragments to get wrong.
+    # The reference kernel's time goes with the outputs; it has no fragments to get wrong.
     k = 256 if columns else 32 * (fmt.block_elems // 32)
     rows = np.arange(k)
     for packed in (True, False):
         _one_hot(session, rng, fmt, dtype, launch, rows, k, packed)
 
 
-def _matmul(
+def _tiles(
     session: Session,
     function: int,
     rng: np.random.Generator,
@@ -508,7 +513,7 @@ def _matmul(
     _one_hot_tiles(session, rng, fmt, dtype, columns, launch)
 
 
-def _staged(
+def _hopper_rows(
     session: Session,
     function: int,
     rng: np.random.Generator,
@@ -517,7 +522,7 @@ def _staged(
     dtype: Float,
     columns: int,
 ) -> None:
-    start = functools.partial(_staged_launcher, session, function, fmt, columns)
+    start = functools.partial(_hopper_rows_launcher, session, function, fmt, columns)
     # Several units of K, the last one with a single block where blocks are small.
     k = 1280 + fmt.block_elems % 256
     for number, (groups, stages, splits) in enumerate(
@@ -535,7 +540,7 @@ def _staged(
     _one_hot_tiles(session, rng, fmt, dtype, columns, start(8, 4, 1))
 
 
-def _paired(
+def _hopper_many(
     session: Session,
     function: int,
     rng: np.random.Generator,
@@ -544,7 +549,7 @@ def _paired(
     dtype: Float,
     columns: int,
 ) -> None:
-    start = functools.partial(_paired_launcher, session, function, fmt, columns)
+    start = functools.partial(_hopper_many_launcher, session, function, fmt, columns)
     # Several units of K, the last one with a single block where blocks are small.
     k = 1280 + fmt.block_elems % 256
     # Rows end in either block of a pair, in a tile's middle or with it. Few multiprocessors make
@@ -771,7 +776,7 @@ def _transposed(
         session.release()
 
 
-def _staged_segment(block_elems: int, lane: int, quarter: int) -> int:
+def _stage_segment(block_elems: int, lane: int, quarter: int) -> int:
     """Which of a unit's 16 segments a lane multiplies in a quarter of the unit's work."""
     if block_elems == 32:
         return quarter // 2 * 8 + lane * 2 + quarter % 2
@@ -781,17 +786,19 @@ def _staged_segment(block_elems: int, lane: int, quarter: int) -> int:
 
 
 def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
-    """Elements of two bytes (m, k) as kernels/paired.h wants them, and 0xFFFF past the last column.
+    """Elements of two bytes (m, k) in the order of kernels/linear/hopper_many.h.
+
+    Past the last column they are 0xFFFF.
 
     A row for each 8 elements of all columns, which lie side by side there.
     """
     m, k = x.shape
-    units, blocks = args.ceil_div(k, args.STAGED_UNIT), args.ceil_div(m, columns)
-    whole = np.zeros((m, units * args.STAGED_UNIT), np.uint16)
+    units, blocks = args.ceil_div(k, args.STAGE_UNIT), args.ceil_div(m, columns)
+    whole = np.zeros((m, units * args.STAGE_UNIT), np.uint16)
     whole[:, :k] = x
     # An instruction multiplies a step, four elements, of the segments that four lanes have in a
     # quarter of a unit; first the first and third of each four, then the others.
-    segments = [[_staged_segment(block_elems, lane, q) for lane in range(4)] for q in range(4)]
+    segments = [[_stage_segment(block_elems, lane, q) for lane in range(4)] for q in range(4)]
     parts = whole.reshape(m, units, 16, 4, 2, 2)[:, :, segments]
     # From (column, unit, quarter, lane, step, pair, half).
     ordered = parts.transpose(1, 2, 4, 6, 0, 3, 5).reshape(units * 32, m, 8)
@@ -803,7 +810,7 @@ def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
 
 
 def _arrange(session: Session, function: int, rng: np.random.Generator, size: int) -> None:
-    for columns in args.PAIRED_COLUMNS:
+    for columns in args.HOPPER_MANY_COLUMNS:
         for block_elems in (32, 64, 128, 256):
             for m, k in (
                 (1, 32),

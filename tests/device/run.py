@@ -1,11 +1,11 @@
 """Runs the GPU kernels without torch, through the driver alone, and compares them with numpy.
 
     python tests/device/run.py --driver libcuda.so.1 --kernels torch_q4/kernels
-    python tests/device/run.py --format q4_k --kernel 'matmul_*'
+    python tests/device/run.py --format q4_k --kernel 'tiles_*'
 
 Prints a line for each kernel: the largest error as a part of what is allowed, and for a kernel that
-is wrong the first place where it is. Those of kernels/staged.h and kernels/paired.h are skipped
-where the device's code has none. Exits with 1 if any is wrong or missing, with 2 if nothing could
+is wrong the first place where it is. Those of kernels/linear/hopper_*.h are skipped where the
+device's code has none. Exits with 1 if any is wrong or missing, with 2 if nothing could
 be run. Needs numpy and the driver's library; no toolkit and no torch.
 """
 
@@ -129,7 +129,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="only kernels whose names match, such as 'matvec_f16_*'; may be given again",
+        help="only kernels whose names match, such as 'rows_f16_*'; may be given again",
     )
     parser.add_argument(
         "--size", type=int, default=1, metavar="N", help="multiplies K and some N (default: 1)"

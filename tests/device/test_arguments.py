@@ -15,15 +15,15 @@ import pytest
 from weights import all_formats
 
 # A grid function, its structure's type, and what else it takes: block_elems, or columns and of
-# paired_grid multiprocessors, too.
+# hopper_many_grid multiprocessors, too.
 GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[tuple[int, ...], ...]], ...] = (
     ("dequantize_grid", args.DequantizeArgs, ((32,), (256,))),
     ("embedding_grid", args.EmbeddingArgs, ((32,), (256,))),
-    ("element_grid", args.LinearArgs, ((),)),
+    ("reference_grid", args.LinearArgs, ((),)),
     ("rows_grid", args.LinearArgs, ((1,), (8,), (16,), (64,))),
     ("transposed_grid", args.TransposedArgs, ((),)),
-    ("staged_grid", args.StagedArgs, ((8,), (128,))),
-    ("paired_grid", args.PairedArgs, ((128, 1), (128, 7), (256, 2), (256, 132))),
+    ("hopper_rows_grid", args.HopperRowsArgs, ((8,), (128,))),
+    ("hopper_many_grid", args.HopperManyArgs, ((128, 1), (128, 7), (256, 2), (256, 132))),
     ("arrange_grid", args.ArrangeArgs, ((),)),
     ("sum_grid", args.SumArgs, ((),)),
     ("repack_grid", args.RepackArgs, ((32,), (256,))),
@@ -104,64 +104,66 @@ def fill(filled: Any, numbers: dict[str, int], prefix: str = "") -> dict[str, in
     return values
 
 
-def test_staged_sizes(tmp_path: Path) -> None:
+def test_hopper_rows_sizes(tmp_path: Path) -> None:
     statements, wanted = [], []
-    for columns in args.STAGED_COLUMNS:
-        statements.append(f"print(staged_threads({columns}));")
-        wanted.append(args.staged_threads(columns))
+    for columns in args.HOPPER_ROWS_COLUMNS:
+        statements.append(f"print(hopper_rows_threads({columns}));")
+        wanted.append(args.hopper_rows_threads(columns))
         for fmt in all_formats().values():
             for groups, stages in ((1, 2), (3, 4), (8, 3)):
                 sizes = f"{columns}, {fmt.block_elems}, {fmt.block_bytes}"
                 statements.append(
-                    f"{{ StagedArgs a{{}}; a.groups = {groups}; a.stages = {stages}; "
-                    f"print(staged_shared_bytes(a, {sizes})); }}"
+                    f"{{ HopperRowsArgs a{{}}; a.groups = {groups}; a.stages = {stages}; "
+                    f"print(hopper_rows_shared_bytes(a, {sizes})); }}"
                 )
-                a = args.StagedArgs(groups=groups, stages=stages)
+                a = args.HopperRowsArgs(groups=groups, stages=stages)
                 wanted.append(
-                    args.staged_shared_bytes(a, columns, fmt.block_elems, fmt.block_bytes)
+                    args.hopper_rows_shared_bytes(a, columns, fmt.block_elems, fmt.block_bytes)
                 )
     assert run_cpp(statements, tmp_path) == wanted
 
 
-def test_paired_sizes(tmp_path: Path) -> None:
+def test_hopper_many_sizes(tmp_path: Path) -> None:
     statements, wanted = [], []
     for fmt in all_formats().values():
         sizes = fmt.block_elems, fmt.block_bytes
-        statements.append(f"print(paired_unit({fmt.block_elems}));")
-        statements.append(f"print(paired_weight_bytes({sizes[0]}, {sizes[1]}));")
-        wanted += [args.paired_unit(fmt.block_elems), args.paired_weight_bytes(*sizes)]
-        for columns in args.PAIRED_COLUMNS:
+        statements.append(f"print(hopper_many_unit({fmt.block_elems}));")
+        statements.append(f"print(hopper_many_weight_bytes({sizes[0]}, {sizes[1]}));")
+        wanted += [args.hopper_many_unit(fmt.block_elems), args.hopper_many_weight_bytes(*sizes)]
+        for columns in args.HOPPER_MANY_COLUMNS:
             for x_stages, weight_stages in ((2, 2), (5, 3), (3, 8)):
                 statements.append(
-                    f"{{ PairedArgs a{{}}; a.x_stages = {x_stages}; "
+                    f"{{ HopperManyArgs a{{}}; a.x_stages = {x_stages}; "
                     f"a.weight_stages = {weight_stages}; "
-                    f"print(paired_shared_bytes(a, {columns}, {sizes[0]}, {sizes[1]})); }}"
+                    f"print(hopper_many_shared_bytes(a, {columns}, {sizes[0]}, {sizes[1]})); }}"
                 )
-                a = args.PairedArgs(x_stages=x_stages, weight_stages=weight_stages)
-                wanted.append(args.paired_shared_bytes(a, columns, *sizes))
+                a = args.HopperManyArgs(x_stages=x_stages, weight_stages=weight_stages)
+                wanted.append(args.hopper_many_shared_bytes(a, columns, *sizes))
     assert run_cpp(statements, tmp_path) == wanted
 
 
-def test_paired_counts(tmp_path: Path) -> None:
+def test_hopper_many_counts(tmp_path: Path) -> None:
     statements, wanted = [], []
     # Rows that end in the first or the second block of a pair, or that fill both.
     ends = ({"m": 256, "row_begin": 16, "row_end": end} for end in (32, 144, 160, 272, 288))
-    for columns in args.PAIRED_COLUMNS:
-        statements.append(f"print(paired_x_bytes({columns}));")
-        wanted.append(args.paired_x_bytes(columns))
+    for columns in args.HOPPER_MANY_COLUMNS:
+        statements.append(f"print(hopper_many_x_bytes({columns}));")
+        wanted.append(args.hopper_many_x_bytes(columns))
         for m, k in ((1, 32), (128, 256), (129, 1312), (1 << 20, 1 << 16)):
             statements.append(f"print(arranged_bytes({m}, {k}, {columns}));")
             wanted.append(args.arranged_bytes(m, k, columns))
     for numbers in (*NUMBERS, *ends):
-        filled = args.PairedArgs()
+        filled = args.HopperManyArgs()
         values = fill(filled, numbers)
         assign = "".join(f"a.{key} = {value}LL; " for key, value in values.items())
-        counts = "".join(f"print(paired_count(a, {columns})); " for columns in args.PAIRED_COLUMNS)
-        statements.append(
-            f"{{ PairedArgs a{{}}; {assign}print(paired_row_pairs(a.linear)); {counts}}}"
+        counts = "".join(
+            f"print(hopper_many_count(a, {columns})); " for columns in args.HOPPER_MANY_COLUMNS
         )
-        wanted.append(args.paired_row_pairs(filled.linear))
-        wanted += [args.paired_count(filled, columns) for columns in args.PAIRED_COLUMNS]
+        statements.append(
+            f"{{ HopperManyArgs a{{}}; {assign}print(hopper_many_row_pairs(a.linear)); {counts}}}"
+        )
+        wanted.append(args.hopper_many_row_pairs(filled.linear))
+        wanted += [args.hopper_many_count(filled, columns) for columns in args.HOPPER_MANY_COLUMNS]
     assert run_cpp(statements, tmp_path) == wanted
 
 

@@ -148,18 +148,18 @@ class FakeDriver(Driver):
         shared_bytes: int = 0,
     ) -> None:
         code_object, name = self._names[function - 1].split()
-        if name.startswith("staged_"):
-            assert threads == args.staged_threads(int(name.split("_")[-1]))
+        if name.startswith("hopper_rows_"):
+            assert threads == args.hopper_rows_threads(int(name.split("_")[-1]))
             assert 0 < shared_bytes <= HOPPER_SHARED_BYTES
-            assert arguments.groups <= args.STAGED_MOST_GROUPS
-            assert 2 <= arguments.stages <= args.STAGED_MOST_STAGES
-        elif name.startswith("paired_"):
-            assert threads == args.PAIRED_THREADS
+            assert arguments.groups <= args.HOPPER_ROWS_MOST_GROUPS
+            assert 2 <= arguments.stages <= args.HOPPER_ROWS_MOST_STAGES
+        elif name.startswith("hopper_many_"):
+            assert threads == args.HOPPER_MANY_THREADS
             assert 0 < shared_bytes <= HOPPER_SHARED_BYTES
-            assert 2 <= arguments.x_stages <= args.PAIRED_MOST_STAGES
-            assert 2 <= arguments.weight_stages <= args.PAIRED_MOST_STAGES
+            assert 2 <= arguments.x_stages <= args.HOPPER_MANY_MOST_STAGES
+            assert 2 <= arguments.weight_stages <= args.HOPPER_MANY_MOST_STAGES
             assert grid[0] % 2 == 0
-            unit = args.paired_unit(all_formats()[code_object].block_elems)
+            unit = args.hopper_many_unit(all_formats()[code_object].block_elems)
             assert 1 <= arguments.splits <= args.ceil_div(arguments.linear.k, unit)
         else:
             assert (threads, shared_bytes) == (args.BLOCK_THREADS, 0)
@@ -226,7 +226,7 @@ def fake_linear(fmt_name: str, name: str, a: Any) -> None:
     tensor_at(a.out, (a.m, a.n), dtype)[:, part] = y[:, part].to(dtype)
 
 
-def fake_staged(fmt_name: str, name: str, a: Any) -> None:
+def fake_hopper_rows(fmt_name: str, name: str, a: Any) -> None:
     if a.splits == 1:
         return fake_linear(fmt_name, name, a.linear)
     product = a.linear
@@ -249,7 +249,7 @@ def split_product(fmt_name: str, a: Any, x: Tensor, unit: int) -> None:
 
 def arranged_elements(k: int, block_elems: int) -> Tensor:
     """Which elements of a column lie where, (units * 32, 8): see ``cases._arranged``."""
-    shape = (args.ceil_div(k, args.STAGED_UNIT), 4, 4, 2, 4, 2)
+    shape = (args.ceil_div(k, args.STAGE_UNIT), 4, 4, 2, 4, 2)
     unit, quarter, step, half, lane, pair = np.indices(shape)
     if block_elems == 32:
         segment = quarter % 2 + lane * 2 + quarter // 2 * 8
@@ -257,13 +257,13 @@ def arranged_elements(k: int, block_elems: int) -> Tensor:
         segment = quarter + lane * 4
     else:
         segment = quarter * 2 + lane % 2 + lane // 2 * 8
-    element = unit * args.STAGED_UNIT + segment * 16 + step * 4 + pair * 2 + half
+    element = unit * args.STAGE_UNIT + segment * 16 + step * 4 + pair * 2 + half
     return torch.from_numpy(element.reshape(-1, 8))
 
 
 def arranged_at(address: int, m: int, k: int, columns: int) -> Tensor:
     """The memory of arranged elements, (columns / C, units * 32, C, 8)."""
-    units, blocks = args.ceil_div(k, args.STAGED_UNIT), args.ceil_div(m, columns)
+    units, blocks = args.ceil_div(k, args.STAGE_UNIT), args.ceil_div(m, columns)
     return tensor_at(address, (blocks, units * 32, columns, 8), torch.int16)
 
 
@@ -277,7 +277,7 @@ def fake_arrange(fmt_name: str, name: str, a: Any) -> None:
         block[:, : len(some)] = some[:, elements].transpose(0, 1)
 
 
-def fake_paired(fmt_name: str, name: str, a: Any) -> None:
+def fake_hopper_many(fmt_name: str, name: str, a: Any) -> None:
     """Puts x in order again, with what the last unit holds past K, which is multiplied by zero."""
     product, dtype = a.linear, DTYPES[a.linear.dtype]
     block_elems, columns = formats.get(fmt_name).block_elems, int(name.split("_")[-1])
@@ -286,7 +286,7 @@ def fake_paired(fmt_name: str, name: str, a: Any) -> None:
     arranged = arranged_at(a.arranged, product.m, product.k, columns)
     for block, some in zip(arranged, x.split(columns), strict=True):
         some[:, elements.flatten()] = block[:, : len(some)].transpose(0, 1).flatten(1)
-    unit = args.paired_unit(block_elems)
+    unit = args.hopper_many_unit(block_elems)
     x = x[:, : args.ceil_div(product.k, unit) * unit].view(dtype).double()
     if a.splits > 1:
         return split_product(fmt_name, a, x, unit)
@@ -335,9 +335,9 @@ FAKES: dict[str, Callable[[str, str, Any], None]] = {
     "quantize": fake_quantize,
     "quantize_activations": fake_activations,
     "sum_splits": fake_sum,
-    "staged_*": fake_staged,
+    "hopper_rows_*": fake_hopper_rows,
     "arrange": fake_arrange,
-    "paired_*": fake_paired,
+    "hopper_many_*": fake_hopper_many,
     "transposed": fake_transposed,
     "*": fake_linear,
 }
@@ -409,22 +409,22 @@ def no_last_columns(name: str, a: Any) -> bool:
 
 
 MISTAKES: list[tuple[str, Callable[[str, Any], bool], str]] = [
-    ("element_f32", swap_rows, "row, column 0, 1: got"),
-    ("matvec_f16_2", one_row_less, "got nan"),
-    ("matvec_int8_1", write_before, "wrote 3 bytes before the output"),
-    ("matmul_bf16_16", swap_rows, "of 16 are wrong"),
-    ("matmul_f16_64", other_bias, "bias=True: row, column"),
-    ("staged_bf16_16", swap_rows, "of 32 are wrong"),
-    ("staged_f16_64", other_bias, "bias=True: row, column"),
-    ("staged_f16_8", one_split_less, "got"),
-    ("staged_f16_128", skip, "got nan"),
-    ("paired_bf16_256", swap_rows, "row, column"),
-    ("paired_f16_128", other_bias, "bias=True: row, column"),
-    ("paired_f16_256", next_rows_bias, "bias=True: row, column"),
-    ("paired_bf16_128", one_split_less, "got nan"),
-    ("paired_f16_128", no_last_columns, "row, column 256, 0: got nan"),
-    ("paired_f16_256", no_last_columns, "row, column 512, 0: got nan"),
-    ("paired_bf16_128", skip, "got nan"),
+    ("reference_f32", swap_rows, "row, column 0, 1: got"),
+    ("rows_f16_2", one_row_less, "got nan"),
+    ("rows_int8_1", write_before, "wrote 3 bytes before the output"),
+    ("tiles_bf16_16", swap_rows, "of 16 are wrong"),
+    ("tiles_f16_64", other_bias, "bias=True: row, column"),
+    ("hopper_rows_bf16_16", swap_rows, "of 32 are wrong"),
+    ("hopper_rows_f16_64", other_bias, "bias=True: row, column"),
+    ("hopper_rows_f16_8", one_split_less, "got"),
+    ("hopper_rows_f16_128", skip, "got nan"),
+    ("hopper_many_bf16_256", swap_rows, "row, column"),
+    ("hopper_many_f16_128", other_bias, "bias=True: row, column"),
+    ("hopper_many_f16_256", next_rows_bias, "bias=True: row, column"),
+    ("hopper_many_bf16_128", one_split_less, "got nan"),
+    ("hopper_many_f16_128", no_last_columns, "row, column 256, 0: got nan"),
+    ("hopper_many_f16_256", no_last_columns, "row, column 512, 0: got nan"),
+    ("hopper_many_bf16_128", skip, "got nan"),
     ("dequantize", skip, "got nan"),
     ("embedding", write_before, "wrote 3 bytes before the output"),
     ("pack", skip, "got 255"),
@@ -477,13 +477,13 @@ ARRANGE_MISTAKES: list[tuple[str, str, Callable[[str, Any], bool], str]] = [
     ("common", "arrange", other_blocks, "block_elems=32 m=1 k=32: row, column"),
     ("common", "arrange", skip, "got 65535"),
     ("common", "arrange", write_before, "wrote 3 bytes before the output"),
-    ("q4_0", "paired_f16_128", swap_elements, "the whole error must be at most"),
-    ("q4_k", "paired_bf16_256", swap_elements, "the whole error must be at most"),
-    ("q4_0", "paired_bf16_128", leave_rest, "got nan"),
-    ("q4_0", "paired_bf16_256", other_blocks, "row, column"),
-    ("q4_k", "paired_f16_128", other_blocks, "row, column"),
-    ("q4_k", "paired_f16_256", skip, "got nan"),
-    ("q4_k", "paired_f16_256", write_before, "wrote 3 bytes before the output"),
+    ("q4_0", "hopper_many_f16_128", swap_elements, "row, column"),
+    ("q4_k", "hopper_many_bf16_256", swap_elements, "the whole error must be at most"),
+    ("q4_0", "hopper_many_bf16_128", leave_rest, "got nan"),
+    ("q4_0", "hopper_many_bf16_256", other_blocks, "row, column"),
+    ("q4_k", "hopper_many_f16_128", other_blocks, "row, column"),
+    ("q4_k", "hopper_many_f16_256", skip, "got nan"),
+    ("q4_k", "hopper_many_f16_256", write_before, "wrote 3 bytes before the output"),
 ]
 
 
@@ -497,7 +497,7 @@ def test_mistakes_of_arrange_are_seen(
     assert words in result.failure
 
 
-ONE_HOT_KERNELS = ["matmul_f16_16", "matmul_bf16_64", "staged_f16_32", "paired_bf16_128"]
+ONE_HOT_KERNELS = ["tiles_f16_16", "tiles_bf16_64", "hopper_rows_f16_32", "hopper_many_bf16_128"]
 
 
 @pytest.mark.parametrize("kernel", ONE_HOT_KERNELS)
@@ -518,22 +518,23 @@ def test_one_wrong_code_is_seen(tmp_path: Path, kernel: str) -> None:
 
 
 def test_kernels_that_the_device_lacks_are_skipped(tmp_path: Path) -> None:
-    session = fake_session(tmp_path, without="staged_*_16")
-    results = list(run.run_all(session, run.select(["q4_0"], ["staged_f16_*"]), 1, 0))
+    session = fake_session(tmp_path, without="hopper_rows_*_16")
+    results = list(run.run_all(session, run.select(["q4_0"], ["hopper_rows_f16_*"]), 1, 0))
     assert [result.skipped for result in results] == [False, True, False, False, False]
     assert not [str(result) for result in results if result.failure is not None]
-    assert str(results[1]) == "SKIP q4_0      staged_f16_16         not in the code for this device"
-    session = fake_session(tmp_path, without="paired_*")
-    results = list(run.run_all(session, run.select(["q4_0"], ["paired_*"]), 1, 0))
+    assert str(results[1]).split(None, 3) == [
+        "SKIP", "q4_0", "hopper_rows_f16_16", "not in the code for this device"]  # fmt: skip
+    session = fake_session(tmp_path, without="hopper_many_*")
+    results = list(run.run_all(session, run.select(["q4_0"], ["hopper_many_*"]), 1, 0))
     assert [result.skipped for result in results] == [True] * 4
     session = fake_session(tmp_path, without="arrange")
-    results = list(run.run_all(session, run.select([], ["arrange", "paired_f16_128"]), 1, 0))
+    results = list(run.run_all(session, run.select([], ["arrange", "hopper_many_f16_128"]), 1, 0))
     assert results[0].skipped
     assert {result.failure for result in results[1:]} == {"arrange: must be there, got none"}
-    session = fake_session(tmp_path, without="matmul_*")
-    (result,) = run.run_all(session, run.select(["q4_0"], ["matmul_f16_16"]), 1, 0)
+    session = fake_session(tmp_path, without="tiles_*")
+    (result,) = run.run_all(session, run.select(["q4_0"], ["tiles_f16_16"]), 1, 0)
     assert (result.skipped, result.failure) == (
-        False, "matmul_f16_16: must be there, got none")  # fmt: skip
+        False, "tiles_f16_16: must be there, got none")  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -570,8 +571,8 @@ def test_drivers_that_are_none(tmp_path: Path, capsys) -> None:
 
 def test_command_line(monkeypatch, capsys) -> None:
     monkeypatch.delenv("TORCH_Q4_DRIVER", raising=False)
-    assert run.main(["--list", "--format", "q8_0", "--kernel", "matmul_*"]) == 0
-    assert capsys.readouterr().out.split("\n")[0] == "q8_0 matmul_f16_16"
+    assert run.main(["--list", "--format", "q8_0", "--kernel", "tiles_*"]) == 0
+    assert capsys.readouterr().out.split("\n")[0] == "q8_0 tiles_f16_16"
     with pytest.raises(SystemExit):
         run.main([])
     assert "--driver or TORCH_Q4_DRIVER" in capsys.readouterr().err

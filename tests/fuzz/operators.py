@@ -40,8 +40,8 @@ INTEGERS = (
     2**63 - 1, -(2**63),
 )  # fmt: skip
 STRINGS = (
-    "exact", "int8", "", "EXACT", "fast", "é", "\x00", "exact\x00", "x" * 10000, "1 matvec\n",
-    "-1 blas", "99999999999999999999 matvec\n", "\n\n\n", "%s%n", "1",
+    "exact", "int8", "", "EXACT", "fast", "é", "\x00", "exact\x00", "x" * 10000, "1 rows\n",
+    "-1 blas", "99999999999999999999 rows\n", "\n\n\n", "%s%n", "1",
 )  # fmt: skip
 # What torch says by itself: of devices and layouts without a kernel, of memory, of numbers of
 # elements that no integer holds, and of dtypes that its stable ABI does not pass on.
@@ -103,7 +103,7 @@ def fitting(rng: random.Random, op: str) -> dict[str, Any]:
     bias = torch.randn(n, generator=generator(rng)).to(dtype) if rng.random() < 0.5 else None
     found |= {"x": x, "blocks": blocks, "bias": bias, "compute": rng.choice(("exact", "int8"))}
     if op == "_linear_with":
-        found["kernel"] = rng.choice(("matvec", "blas", ""))
+        found["kernel"] = rng.choice(("rows", "blas", ""))
     return found
 
 

@@ -653,7 +653,7 @@ def checkpoint(rng: random.Random, folder: Path) -> str:
 
 PLAN = {
     "device": "GPU", "architecture": "sm_90", "torch_q4": torch_q4.__version__, "format": "q4_k",
-    "dtype": "float16", "packed": True, "n": 4096, "k": 4096, "plan": [[1, "matvec"], [64, "blas"]],
+    "dtype": "float16", "packed": True, "n": 4096, "k": 4096, "plan": [[1, "rows"], [64, "blas"]],
 }  # fmt: skip
 
 

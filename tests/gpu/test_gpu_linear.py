@@ -30,7 +30,7 @@ from torch_q4 import formats
 pytestmark = pytest.mark.gpu
 
 ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 64, 129, 512)
-KERNELS = ("element", "matvec", "matmul_16", "matmul_64", "staged", "paired", "blas")
+KERNELS = ("reference", "rows", "tiles_16", "tiles_64", "hopper_rows", "hopper_many", "blas")
 
 
 def kernels_here(dtype: torch.dtype, packed: bool) -> list[str]:
@@ -78,9 +78,9 @@ def test_each_kernel(fmt, dtype, kernel) -> None:
             x = randn(several(m), k, dtype=dtype)
             bias = randn(n, dtype=dtype) if m % 2 else None
             dense = w.to(dtype)
-            # The element kernel sums each output in one go, whose float32 error is the larger.
+            # The reference kernel sums each output in one go, whose float32 error is the larger.
             dense_product = functools.partial(F.linear, weight=dense, bias=bias)
-            one_sum = kernel == "element" and dtype == torch.float32
+            one_sum = kernel == "reference" and dtype == torch.float32
             plain = None if one_sum else by_rows(dense_product, x, m)
             for packed in layouts:
                 blocks = blocks_packed if packed else canonical
@@ -119,13 +119,16 @@ def test_all_kernels_are_tested() -> None:
     capability = torch.cuda.get_device_capability()
     built = "sm_90a" in str(ops.gpu_table())
     if torch.version.cuda and capability == (9, 0) and built:
-        assert {"staged", "paired"} <= set(kernels_here(torch.float16, True))
+        assert {"hopper_rows", "hopper_many"} <= set(kernels_here(torch.float16, True))
 
 
 @gpu_only
 @pytest.mark.parametrize(
     ("kernel", "rows"),
-    [("staged", (1, 7, 8, 9, 33, 64, 65, 128, 200)), ("paired", (1, 127, 128, 129, 257, 600))],
+    [
+        ("hopper_rows", (1, 7, 8, 9, 33, 64, 65, 128, 200)),
+        ("hopper_many", (1, 127, 128, 129, 257, 600)),
+    ],
 )
 def test_kernels_for_hopper(fmt, dtype, kernel, rows) -> None:
     """As in test_each_kernel, with K split and not, blocks of every size, and the same twice."""
@@ -175,8 +178,8 @@ def test_one_hot_activations_give_the_weight(fmt, dtype) -> None:
                 continue
             y = ops._linear_with(x, blocks_packed, fmt.type_id, None, "exact", True, kernel)
             assert_within(y, wanted, bound, kernel)
-        y = ops._linear_with(x, canonical, fmt.type_id, None, "exact", False, "matvec")
-        assert_within(y, wanted, bound, "matvec of canonical rows")
+        y = ops._linear_with(x, canonical, fmt.type_id, None, "exact", False, "rows")
+        assert_within(y, wanted, bound, "rows of canonical rows")
 
 
 @gpu_only
@@ -184,15 +187,15 @@ def test_internal_operator_refuses() -> None:
     fmt = formats.get("q4_0")
     blocks, x = blocks_on_device(fmt, 16, 64), randn(3, 64)
     for arguments, words in (
-        ((x, "exact", True, "fast"), "kernel must be one of element, matvec, .*, got fast"),
-        ((x, "exact", False, "matmul_16"), "blocks must be packed for matmul_16, got canonical"),
-        ((x, "exact", True, "matmul_64"), "x must be float16 or bfloat16 for matmul_64, got torch"),
-        ((x, "int8", True, "blas"), "kernel must be matvec for compute int8, got blas"),
+        ((x, "exact", True, "fast"), "kernel must be one of reference, rows, .*, got fast"),
+        ((x, "exact", False, "tiles_16"), "blocks must be packed for tiles_16, got canonical"),
+        ((x, "exact", True, "tiles_64"), "x must be float16 or bfloat16 for tiles_64, got torch"),
+        ((x, "int8", True, "blas"), "kernel must be rows for compute int8, got blas"),
     ):
         data, compute, packed, kernel = arguments
         with pytest.raises(RuntimeError, match=f"_linear_with: {words}"):
             ops._linear_with(data, blocks, fmt.type_id, None, compute, packed, kernel)
-    for kernel in {"staged", "paired"} - set(kernels_here(torch.float16, packed=True)):
+    for kernel in {"hopper_rows", "hopper_many"} - set(kernels_here(torch.float16, packed=True)):
         words = f"the GPU must be sm_90, with kernels built for sm_90a, for {kernel}, got"
         with pytest.raises(RuntimeError, match=f"_linear_with: {words}"):
             ops._linear_with(x.half(), blocks, fmt.type_id, None, "exact", True, kernel)
@@ -202,11 +205,11 @@ def test_internal_operator_refuses() -> None:
 @pytest.mark.parametrize(
     ("kernel", "rows"),
     [
-        ("matvec", 65535 * 8 + 100),
-        ("matmul_16", 65535 * 16 + 100),
-        ("staged", 65535 * 128 + 100),
-        ("paired", (256 << 20) // 512 + 300),  # of which it arranges so many at a time
-        ("element", 65536 * 9),
+        ("rows", 65535 * 8 + 100),
+        ("tiles_16", 65535 * 16 + 100),
+        ("hopper_rows", 65535 * 128 + 100),
+        ("hopper_many", (256 << 20) // 512 + 300),  # of which it arranges so many at a time
+        ("reference", 65536 * 9),
     ],
 )
 def test_more_rows_than_one_grid_has(kernel, rows) -> None:
@@ -231,7 +234,7 @@ def test_int8(fmt, dtype, packed) -> None:
             outputs = [torch_q4.linear(x, blocks, fmt, bias, compute="int8", packed=packed)]
             if ON_GPU:
                 outputs.append(
-                    ops._linear_with(x, blocks, fmt.type_id, bias, "int8", packed, "matvec")
+                    ops._linear_with(x, blocks, fmt.type_id, bias, "int8", packed, "rows")
                 )
             product = x.double() @ w.T
             wanted = product if bias is None else product + bias.double()
@@ -371,7 +374,7 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
             )
             if large != "blas":  # torch's product may add up in another order at another place
                 assert torch.equal(y, y[:, :1].expand_as(y))
-            if small == large and small in ("matvec", "matmul_16"):
+            if small == large and small in ("rows", "tiles_16"):
                 assert torch.equal(y, same)
             else:  # these may add up in another order for another size
                 torch.testing.assert_close(y, same, rtol=2 * EPS[torch.float16], atol=0.05)

@@ -55,28 +55,28 @@ def by(kernel: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_linear_follows_a_plan() -> None:
-    """In float32 the element kernel's one sum per output differs from all others' in some bit."""
+    """In float32 the reference kernel's one sum per output differs from all others' in some bit."""
     canonical, packed, _ = weight(FMT, N, K)
     layer = QuantLinear.from_blocks(packed, FMT, packed=True)
     few, more = randn(4, K), randn(5, K)
     table = {len(x): choice(len(x), torch.float32, by_table=True) for x in (few, more)}
-    assert "element" not in table.values()
-    assert not torch.equal(by("element", few), by(table[4], few))
-    assert not torch.equal(by("element", more), by(table[5], more))
+    assert "reference" not in table.values()
+    assert not torch.equal(by("reference", few), by(table[4], few))
+    assert not torch.equal(by("reference", more), by(table[5], more))
 
     def product(x: torch.Tensor, compute: str = "exact") -> torch.Tensor:
         return torch_q4.linear(x, packed, FMT, compute=compute, packed=True)
 
     int8 = product(few, "int8")
     assert torch.equal(product(few), by(table[4], few))
-    set_plan("4 element")
-    assert choice(4, torch.float32) == "element"
-    assert torch.equal(product(few), by("element", few))
-    assert torch.equal(layer(few), by("element", few))
+    set_plan("4 reference")
+    assert choice(4, torch.float32) == "reference"
+    assert torch.equal(product(few), by("reference", few))
+    assert torch.equal(layer(few), by("reference", few))
     assert torch.equal(product(more), by(table[5], more)), "beyond the plan the table decides"
     assert torch.equal(product(few, "int8"), int8)
     of_canonical = torch_q4.linear(few, canonical, FMT)
-    assert not torch.equal(of_canonical, by("element", few))
+    assert not torch.equal(of_canonical, by("reference", few))
     set_plan("")
     assert torch.equal(product(few), by(table[4], few))
 
@@ -84,14 +84,14 @@ def test_linear_follows_a_plan() -> None:
 def test_compiled_code_and_graphs_follow_a_plan() -> None:
     _, packed, _ = weight(FMT, N, K)
     x = randn(4, K)
-    wanted = by("element", x)
+    wanted = by("reference", x)
     assert not torch.equal(wanted, by(choice(4, torch.float32), x))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda x: torch_q4.linear(x, packed, FMT, packed=True), fullgraph=True
     )  # fmt: skip
     assert torch.equal(compiled(x), by(choice(4, torch.float32), x))
-    set_plan("4 element")
+    set_plan("4 reference")
     assert torch.equal(compiled(x), wanted), "compiled before there was a plan"
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -111,10 +111,10 @@ def test_tuning(dtype, folder) -> None:
 
     assert report.device == torch.cuda.get_device_name()
     assert (report.format, report.n, report.k, report.dtype) == ("q4_k", N, K, dtype)
-    matmuls = {"matmul_16", "matmul_64"}
-    assert set(report.microseconds) >= {"matvec", "blas"}
+    matmuls = {"tiles_16", "tiles_64"}
+    assert set(report.microseconds) >= {"rows", "blas"}
     here = ops._linear_kernels(dtype, True, torch.cuda.current_device()).split()
-    assert set(report.microseconds) == set(here) - {"element"}
+    assert set(report.microseconds) == set(here) - {"reference"}
     assert (set(report.microseconds) >= matmuls) == (dtype != torch.float32)
     for times in report.microseconds.values():
         assert tuple(times) == ROWS
@@ -146,7 +146,7 @@ def test_times_are_of_the_device() -> None:
         small = torch_q4.tune(N, K, FMT, rows=(8,), save=False).microseconds
         large = torch_q4.tune(n, k, FMT, rows=(8, 512), save=False).microseconds
         ratios = {kernel: times[8] / small[kernel][8] for kernel, times in large.items()}
-        by_rows = large["matvec"][512] / large["matvec"][8]
+        by_rows = large["rows"][512] / large["rows"][8]
         if min(ratios.values()) > 1.5 and by_rows > 8:
             break
     else:
@@ -213,8 +213,8 @@ def by(kernel):
     return ops._linear_with(x, packed, 12, None, "exact", True, kernel)
 
 table = ops._linear_choice(0, 12, torch.float32, True, 4, {N}, {K}, True)
-assert not torch.equal(by("element"), by(table))
-assert torch.equal(y, by("element" if expected == "planned" else table))
+assert not torch.equal(by("reference"), by(table))
+assert torch.equal(y, by("reference" if expected == "planned" else table))
 """
 
 
@@ -225,7 +225,13 @@ def save_plan(**changes: str) -> None:
               **changes}  # fmt: skip
     _tune._save(
         _tune._Saved(
-            **fields, format="q4_k", dtype="float32", packed=True, n=N, k=K, plan=((4, "element"),)
+            **fields,
+            format="q4_k",
+            dtype="float32",
+            packed=True,
+            n=N,
+            k=K,
+            plan=((4, "reference"),),
         )
     )
 

@@ -21,11 +21,11 @@ RUN = [sys.executable, str(ROOT / "tests" / "device" / "run.py")]
 FORMATS = ("q4_0", "q5_1", "q3_k", "q4_k")
 KERNELS = (
     ("dequantize", "embedding", "*pack", "quantize"),
-    ("element_f32", "matvec_f32_1", "matvec_bf16_4", "matvec_int8_8"),
-    ("matmul_f16_16", "matmul_bf16_64", "transposed"),
+    ("reference_f32", "rows_f32_1", "rows_bf16_4", "rows_int8_8"),
+    ("tiles_f16_16", "tiles_bf16_64", "transposed"),
     # Where the device has them:
-    ("staged_f16_8", "staged_bf16_32", "staged_f16_64"),
-    ("paired_f16_128", "paired_bf16_256"),
+    ("hopper_rows_f16_8", "hopper_rows_bf16_32", "hopper_rows_f16_64"),
+    ("hopper_many_f16_128", "hopper_many_bf16_256"),
 )
 
 
@@ -60,7 +60,7 @@ def _sanitizer_works_here() -> None:
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 @pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels[0])
 def test_no_errors(tool: str, kernels: tuple[str, ...]) -> None:
-    if tool == "racecheck" and kernels[0].startswith(("staged", "paired")):
+    if tool == "racecheck" and kernels[0].startswith(("hopper_rows", "hopper_many")):
         pytest.skip(
             "racecheck takes a bulk copy for a write of the thread that starts it, and does not "
             "see that a barrier in shared memory counts the bytes"

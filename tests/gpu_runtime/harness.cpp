@@ -31,15 +31,16 @@ const char* text_of(const Run& run) {
 constexpr int kQ4Bytes = 18;
 
 // Measured on an H100: no other plan is faster for these.
-constexpr StagedPlan kOneWave = staged_plan(1, 14336, 4096, 32, kQ4Bytes, 132, 232448);
+constexpr HopperRowsPlan kOneWave = hopper_rows_plan(1, 14336, 4096, 32, kQ4Bytes, 132, 232448);
 static_assert(kOneWave.groups == 7 && kOneWave.splits == 1);
-constexpr StagedPlan kSplit = staged_plan(1, 4096, 4096, 32, kQ4Bytes, 132, 232448);
+constexpr HopperRowsPlan kSplit = hopper_rows_plan(1, 4096, 4096, 32, kQ4Bytes, 132, 232448);
 static_assert(kSplit.groups == 8 && kSplit.splits == 4);
 
-constexpr PairedPlan kPrompt = paired_plan(512, 14336, 4096, 32, kQ4Bytes, 132, 232448);
-static_assert(kPairedColumns[kPrompt.width] == 256 && kPrompt.splits == 1);
-constexpr PairedPlan kSmallPrompt = paired_plan(512, 4096, 4096, 32, kQ4Bytes, 132, 232448);
-static_assert(kPairedColumns[kSmallPrompt.width] == 128 && kSmallPrompt.splits == 1);
+constexpr HopperManyPlan kPrompt = hopper_many_plan(512, 14336, 4096, 32, kQ4Bytes, 132, 232448);
+static_assert(kHopperManyColumns[kPrompt.width] == 256 && kPrompt.splits == 1);
+constexpr HopperManyPlan kSmallPrompt =
+    hopper_many_plan(512, 4096, 4096, 32, kQ4Bytes, 132, 232448);
+static_assert(kHopperManyColumns[kSmallPrompt.width] == 128 && kSmallPrompt.splits == 1);
 
 void* const kStream = reinterpret_cast<void*>(0x1234);
 
@@ -53,9 +54,9 @@ const char* name_of_kernel(int kernel) {
   return text_of([&] { return kernel_name(Kernel(kernel)); });
 }
 
-int matvec_number(int dtype, int width) { return matvec_kernel(DType(dtype), width); }
-int matmul_number(int dtype, int width) { return matmul_kernel(DType(dtype), width); }
-int staged_number(int dtype, int width) { return staged_kernel(DType(dtype), width); }
+int rows_number(int dtype, int width) { return rows_kernel(DType(dtype), width); }
+int tiles_number(int dtype, int width) { return tiles_kernel(DType(dtype), width); }
+int hopper_rows_number(int dtype, int width) { return hopper_rows_kernel(DType(dtype), width); }
 
 // A kernel of the first format that takes LinearArgs by rows, `columns` to a block.
 const char* launch_linear(int kernel, int device, int columns, const LinearArgs* args) {
@@ -66,76 +67,76 @@ const char* launch_linear(int kernel, int device, int columns, const LinearArgs*
   });
 }
 
-// staged_T_C of the first format, Q4_0.
-const char* launch_staged(int width, int device, const StagedArgs* args) {
+// hopper_rows_T_C of the first format, Q4_0.
+const char* launch_hopper_rows(int width, int device, const HopperRowsArgs* args) {
   return text_of([&] {
-    const int columns = kStagedColumns[width];
-    const int bytes = staged_shared_bytes(*args, columns, 32, kQ4Bytes);
-    launch("linear", CodeObject(0), staged_kernel(args->linear.dtype, width), device, kStream,
-           staged_grid(*args, columns), *args,
-           {static_cast<unsigned>(staged_threads(columns)), static_cast<unsigned>(bytes)});
+    const int columns = kHopperRowsColumns[width];
+    const int bytes = hopper_rows_shared_bytes(*args, columns, 32, kQ4Bytes);
+    launch("linear", CodeObject(0), hopper_rows_kernel(args->linear.dtype, width), device, kStream,
+           hopper_rows_grid(*args, columns), *args,
+           {static_cast<unsigned>(hopper_rows_threads(columns)), static_cast<unsigned>(bytes)});
     return "";
   });
 }
 
-// paired_T_C of the first format, which waits for the kernel before it by itself.
-const char* launch_paired(int width, int device, const PairedArgs* args) {
+// hopper_many_T_C of the first format, which waits for the kernel before it by itself.
+const char* launch_hopper_many(int width, int device, const HopperManyArgs* args) {
   return text_of([&] {
-    const int columns = kPairedColumns[width];
-    const int bytes = paired_shared_bytes(*args, columns, 32, kQ4Bytes);
-    launch("linear", CodeObject(0), paired_kernel(args->linear.dtype, width), device, kStream,
-           paired_grid(*args, columns, 132), *args,
-           {kPairedThreads, static_cast<unsigned>(bytes), /*overlaps=*/true});
+    const int columns = kHopperManyColumns[width];
+    const int bytes = hopper_many_shared_bytes(*args, columns, 32, kQ4Bytes);
+    launch("linear", CodeObject(0), hopper_many_kernel(args->linear.dtype, width), device, kStream,
+           hopper_many_grid(*args, columns, 132), *args,
+           {kHopperManyThreads, static_cast<unsigned>(bytes), /*overlaps=*/true});
     return "";
   });
 }
 
-int threads_of_staged(int width) { return staged_threads(kStagedColumns[width]); }
-int bytes_of_staged(int width, const StagedArgs* args) {
-  return staged_shared_bytes(*args, kStagedColumns[width], 32, kQ4Bytes);
+int threads_of_hopper_rows(int width) { return hopper_rows_threads(kHopperRowsColumns[width]); }
+int bytes_of_hopper_rows(int width, const HopperRowsArgs* args) {
+  return hopper_rows_shared_bytes(*args, kHopperRowsColumns[width], 32, kQ4Bytes);
 }
 
 // To `plan`: columns, groups, stages, splits, bytes of shared memory, and the grid's sides.
-void plan_of_staged(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
-                    int multiprocessors, int shared_bytes, int64_t* plan) {
-  const StagedPlan found =
-      staged_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
-  const int columns = kStagedColumns[found.width];
-  StagedArgs args = {};
+void plan_of_hopper_rows(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
+                         int multiprocessors, int shared_bytes, int64_t* plan) {
+  const HopperRowsPlan found =
+      hopper_rows_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
+  const int columns = kHopperRowsColumns[found.width];
+  HopperRowsArgs args = {};
   args.linear.m = m;
   args.linear.row_end = n / 16 * 16;
   args.groups = found.groups;
   args.stages = found.stages;
   args.splits = found.splits;
-  const Grid grid = staged_grid(args, columns);
-  const int bytes = staged_shared_bytes(args, columns, block_elems, block_bytes);
+  const Grid grid = hopper_rows_grid(args, columns);
+  const int bytes = hopper_rows_shared_bytes(args, columns, block_elems, block_bytes);
   const int64_t all[] = {columns, found.groups, found.stages, found.splits, bytes, grid.x, grid.y};
   for (int i = 0; i < 7; ++i) plan[i] = all[i];
 }
 
 // To `plan`: columns, stages of x, stages of the weights, splits, bytes of shared memory, blocks.
-void plan_of_paired(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
-                    int multiprocessors, int shared_bytes, int64_t* plan) {
-  const PairedPlan found =
-      paired_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
-  const int columns = kPairedColumns[found.width];
-  PairedArgs args = {};
+void plan_of_hopper_many(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
+                         int multiprocessors, int shared_bytes, int64_t* plan) {
+  const HopperManyPlan found =
+      hopper_many_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
+  const int columns = kHopperManyColumns[found.width];
+  HopperManyArgs args = {};
   args.linear.m = m;
   args.linear.row_end = n / 16 * 16;
   args.x_stages = found.x_stages;
   args.weight_stages = found.weight_stages;
   args.splits = found.splits;
-  const Grid grid = paired_grid(args, columns, multiprocessors);
-  const int bytes = paired_shared_bytes(args, columns, block_elems, block_bytes);
+  const Grid grid = hopper_many_grid(args, columns, multiprocessors);
+  const int bytes = hopper_many_shared_bytes(args, columns, block_elems, block_bytes);
   const int64_t all[] = {columns, found.x_stages, found.weight_stages, found.splits, bytes, grid.x};
   for (int i = 0; i < 6; ++i) plan[i] = all[i];
 }
-int paired_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes) {
-  return paired_beats_blas(
+int hopper_many_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes) {
+  return hopper_many_beats_blas(
       {kFloat16, false, true, m, n, k, Family::kHopper, block_elems, block_bytes, 132});
 }
-int bytes_of_paired(int width, const PairedArgs* args) {
-  return paired_shared_bytes(*args, kPairedColumns[width], 32, kQ4Bytes);
+int bytes_of_hopper_many(int width, const HopperManyArgs* args) {
+  return hopper_many_shared_bytes(*args, kHopperManyColumns[width], 32, kQ4Bytes);
 }
 
 const char* find_in(int object, int kernel, int device) {
@@ -236,7 +237,7 @@ const char* name_of_choice(int kernel) {
 }
 
 // One thread sets plans while others choose by them; returns how many choices were neither the
-// table's nor a plan's. Plan i of 1000 is of n = i % 50 + 1 and says matmul_64 or blas.
+// table's nor a plan's. Plan i of 1000 is of n = i % 50 + 1 and says tiles_64 or blas.
 int choose_while_setting(int threads) {
   std::atomic<bool> done{false};
   std::atomic<int> wrong{0};
@@ -248,7 +249,7 @@ int choose_while_setting(int threads) {
           const LinearCase c = {kFloat16, false,           true, 4,        n,
                                 4096,     Family::kNvidia, 32,   kQ4Bytes, 132};
           const LinearKernel kernel = planned_linear(0, 0, c);
-          const bool planned = kernel == LinearKernel::kMatmul64 || kernel == LinearKernel::kBlas;
+          const bool planned = kernel == LinearKernel::kTiles64 || kernel == LinearKernel::kBlas;
           if (kernel != choose_linear(c) && !(planned && n <= 50)) ++wrong;
         }
       }
@@ -256,7 +257,7 @@ int choose_while_setting(int threads) {
   }
   for (int i = 0; i < 1000; ++i) {
     const PlanKey key = {0, kFloat16, true, i % 50 + 1, 4096};
-    set_linear_plan("set", 0, key, i % 3 ? "8 matmul_64\n" : "8 blas\n");
+    set_linear_plan("set", 0, key, i % 3 ? "8 tiles_64\n" : "8 blas\n");
   }
   done = true;
   for (std::thread& thread : all) thread.join();

@@ -29,8 +29,9 @@ constexpr size_t kStackBytes = 128 << 10;
 // largest has. All are larger than two registers and so passed in memory, where more bytes behind
 // them do no harm.
 struct Argument {
-  char bytes[std::max({sizeof(torch_q4::gpu::LinearArgs), sizeof(torch_q4::gpu::StagedArgs),
-                       sizeof(torch_q4::gpu::PairedArgs), sizeof(torch_q4::gpu::DequantizeArgs)})];
+  char bytes[std::max({sizeof(torch_q4::gpu::LinearArgs), sizeof(torch_q4::gpu::HopperRowsArgs),
+                       sizeof(torch_q4::gpu::HopperManyArgs),
+                       sizeof(torch_q4::gpu::DequantizeArgs)})];
 };
 
 struct Thread {

@@ -3,7 +3,8 @@
 // bytes side by side, and a block all of a row's parts at once.
 #pragma once
 
-#include "decode.h"
+#include "../read/decode.h"
+#include "../read/values.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
@@ -97,7 +98,7 @@ TORCH_Q4_DEVICE void with_rows(const gpu::LinearArgs& a, int64_t first_row, cons
 }
 
 template <class Format, class T, int kColumns>
-TORCH_Q4_DEVICE void matvec(const gpu::LinearArgs& a) {
+TORCH_Q4_DEVICE void linear_rows(const gpu::LinearArgs& a) {
   const int64_t first_row = a.row_begin + static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
   float sums[kColumns] = {};
@@ -152,7 +153,7 @@ TORCH_Q4_DEVICE void add_int8_products(const Rows& rows, const gpu::LinearArgs& 
 }
 
 template <class Format, int kColumns>
-TORCH_Q4_DEVICE void matvec_int8(const gpu::LinearArgs& a) {
+TORCH_Q4_DEVICE void rows_int8(const gpu::LinearArgs& a) {
   const int64_t first_row = a.row_begin + static_cast<int64_t>(blockIdx.x) * kTileRows;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
   float sums[kColumns] = {};

@@ -2,7 +2,8 @@
 // one that tests hold the others against.
 #pragma once
 
-#include "decode.h"
+#include "../read/decode.h"
+#include "../read/values.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
@@ -38,7 +39,7 @@ TORCH_Q4_DEVICE float row_product(const Rows& rows, const void* x, int64_t m, in
 }
 
 template <class Format, class T>
-TORCH_Q4_DEVICE void element(const gpu::LinearArgs& a) {
+TORCH_Q4_DEVICE void linear_reference(const gpu::LinearArgs& a) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * gpu::kBlockThreads + threadIdx.x;
   const int64_t rows = a.row_end - a.row_begin;
   if (thread >= a.m * rows) return;

@@ -1,7 +1,7 @@
 // linear on Hopper's warpgroup matrix instructions, which take x straight from shared memory. In
-// matmul.h each 16 rows of W read all of x, and every wave loads it into registers; here a block
+// tiles.h each 16 rows of W read all of x, and every wave loads it into registers; here a block
 // has up to 128 rows of W, so that as many blocks as the GPU has multiprocessors cover the weight,
-// and goes along K once, in stages of kStagedUnit elements:
+// and goes along K once, in stages of kStageUnit elements:
 //
 //     producers  four waves that bring the weights, which lie side by side in the packed layout,
 //                and x, in the order that the instruction wants, to shared memory
@@ -14,23 +14,24 @@
 // sum_splits adds up what they leave. Every sum has a fixed order.
 #pragma once
 
-#include "decode.h"
+#include "../read/decode.h"
+#include "../read/values.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
 // One row's block as it lies in shared memory: packed, but for gaps that keep lines which several
 // lanes read at once in different banks.
 template <class Format>
-struct StagedRow : SmallChunks<StagedRow<Format>> {
+struct StageRow : SmallChunks<StageRow<Format>> {
   const uint8_t* block;
   int row;
 
-  TORCH_Q4_DEVICE StagedRow(const uint8_t* block, int row) : block(block), row(row) {}
+  TORCH_Q4_DEVICE StageRow(const uint8_t* block, int row) : block(block), row(row) {}
   template <int kIndex>
   static constexpr int kSmallAlign = Format::kChunks[kIndex].size;
 
   TORCH_Q4_DEVICE static constexpr int place(int offset) {
-    return gpu::staged_offset(Format::kBlockElems, offset);
+    return gpu::stage_offset(Format::kBlockElems, offset);
   }
   TORCH_Q4_DEVICE Fields line(int index) const {
     return {load_line<16>(block + place(256 * index) + 16 * line_row(row))};
@@ -61,11 +62,11 @@ struct RingPlace {
 
 // Whether a unit is one block, so that every unit of K is whole.
 template <class Format>
-constexpr bool kFillsUnit = Format::kBlockElems == gpu::kStagedUnit;
+constexpr bool kFillsUnit = Format::kBlockElems == gpu::kStageUnit;
 
 // Of a unit's 16 segments of 16 elements, the one that a k_lane multiplies in a quarter of the
 // unit's work.
-TORCH_Q4_DEVICE int staged_segment(int block_elems, int k_lane, int quarter) {
+TORCH_Q4_DEVICE int stage_segment(int block_elems, int k_lane, int quarter) {
   if (block_elems == 32) return quarter / 2 * 8 + k_lane * 2 + quarter % 2;
   return block_elems == 64 ? k_lane << 2 | quarter
                            : (k_lane >> 1) << 3 | (k_lane & 1) | quarter << 1;
@@ -75,11 +76,11 @@ TORCH_Q4_DEVICE int staged_segment(int block_elems, int k_lane, int quarter) {
 // rows each, and their scales. They are read before the first is decoded, so that what two
 // quarters have in common is read once.
 template <class Format, class T>
-struct StagedHalf {
+struct StageHalf {
   static constexpr int kKLanes = 4;
   static constexpr int kBlockPitch =
-      gpu::staged_block_bytes(Format::kBlockElems, sizeof(typename Format::Block));
-  using Row = StagedRow<Format>;
+      gpu::stage_block_bytes(Format::kBlockElems, sizeof(typename Format::Block));
+  using Row = StageRow<Format>;
   using Codes = decltype(Format::packed_codes(std::declval<Row>(), 0));
 
   PairDecoder<Format, T> scales[2];
@@ -88,7 +89,7 @@ struct StagedHalf {
   // Quarters [kFirst, kFirst + 2) of a unit of which only the first `parts` parts exist. Weights of
   // those that do not are zero.
   template <int kFirst>
-  TORCH_Q4_DEVICE static StagedHalf read(const uint8_t* weights, int parts) {
+  TORCH_Q4_DEVICE static StageHalf read(const uint8_t* weights, int parts) {
     const int lane = threadIdx.x % kWaveLanes;
     const int wanted = kFirst / kPartSegments<Format> * kKLanes + lane % kKLanes;
     const bool is_part = kFillsUnit<Format> || wanted < parts;
@@ -99,8 +100,8 @@ struct StagedHalf {
     const auto codes_of = [&](int row, int quarter) {
       return Format::packed_codes(rows[row], part_segment<Format>(part, segment(kFirst, quarter)));
     };
-    StagedHalf half = {{{rows[0], part}, {rows[1], part}},
-                       {{codes_of(0, 0), codes_of(1, 0)}, {codes_of(0, 1), codes_of(1, 1)}}};
+    StageHalf half = {{{rows[0], part}, {rows[1], part}},
+                      {{codes_of(0, 0), codes_of(1, 0)}, {codes_of(0, 1), codes_of(1, 1)}}};
     if (!is_part) {
 #pragma unroll
       for (int i = 0; i < kPartScales<Format>; ++i) {
@@ -125,22 +126,22 @@ struct StagedHalf {
 };
 
 template <class Format, class T, int kColumns>
-struct StagedProduct {
+struct HopperRowsProduct {
   using Tile = GroupTile<T, kColumns>;
-  static constexpr int kUnit = gpu::kStagedUnit;
+  static constexpr int kUnit = gpu::kStageUnit;
   static constexpr int kKLanes = 4;
   static constexpr int kUnitBlocks = kUnit / Format::kBlockElems;
   static constexpr int kBlockBytes = kTileRows * static_cast<int>(sizeof(typename Format::Block));
   static constexpr int kUnitBytes = kUnitBlocks * kBlockBytes;
   static constexpr int kWeightBytes =
-      gpu::staged_weight_bytes(Format::kBlockElems, sizeof(typename Format::Block));
-  static constexpr int kTilePitch = gpu::staged_tile_bytes(kColumns);
-  static constexpr int kXBytes = gpu::staged_x_bytes(kColumns);
-  static constexpr int kShare = gpu::staged_share(kColumns);
-  static constexpr int kConsumers = kWaveLanes * gpu::kStagedMostGroups * kShare;
+      gpu::hopper_rows_weight_bytes(Format::kBlockElems, sizeof(typename Format::Block));
+  static constexpr int kTilePitch = gpu::hopper_rows_tile_bytes(kColumns);
+  static constexpr int kXBytes = gpu::hopper_rows_x_bytes(kColumns);
+  static constexpr int kShare = gpu::hopper_rows_share(kColumns);
+  static constexpr int kConsumers = kWaveLanes * gpu::kHopperRowsMostGroups * kShare;
   static_assert(kUnit / kPartElems<Format> / kKLanes * kPartSegments<Format> == 4);
 
-  const gpu::StagedArgs& args;
+  const gpu::HopperRowsArgs& args;
   const gpu::LinearArgs& a;
   const uint32_t barriers;  // full ones, then empty ones
   uint8_t* const stages;
@@ -150,11 +151,11 @@ struct StagedProduct {
   int columns;                      // of this block that exist
   int begin, end;                   // units of K
 
-  TORCH_Q4_DEVICE StagedProduct(const gpu::StagedArgs& args, uint8_t* memory)
+  TORCH_Q4_DEVICE HopperRowsProduct(const gpu::HopperRowsArgs& args, uint8_t* memory)
       : args(args),
         a(args.linear),
         barriers(shared_address(memory)),
-        stages(memory + gpu::kStagedBarrierBytes),
+        stages(memory + gpu::kHopperRowsBarrierBytes),
         stage_bytes(kXBytes + args.groups * kWeightBytes),
         lane(threadIdx.x % kWaveLanes) {
     const int tile = static_cast<int>(blockIdx.x) / args.splits;
@@ -170,12 +171,12 @@ struct StagedProduct {
 
   TORCH_Q4_DEVICE uint32_t full(int slot) const { return barriers + 8 * slot; }
   TORCH_Q4_DEVICE uint32_t empty(int slot) const {
-    return barriers + 8 * (gpu::kStagedMostStages + slot);
+    return barriers + 8 * (gpu::kHopperRowsMostStages + slot);
   }
   TORCH_Q4_DEVICE void init_barriers() const {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < args.stages; ++slot) {
-        init_barrier(full(slot), gpu::kStagedProducers / kWaveLanes);
+        init_barrier(full(slot), gpu::kHopperRowsProducers / kWaveLanes);
         init_barrier(empty(slot), kConsumers / kWaveLanes);
       }
       publish_barriers();
@@ -198,23 +199,23 @@ struct StagedProduct {
   // elements of every k_lane's segment, the first and third of all of them side by side, then the
   // others. A task is one column's 16 elements of one instruction. 16 neighbouring threads have one
   // column's tasks, so that they read whole lines, and write to all banks.
-  static constexpr int kTasks = kColumns * 16 / gpu::kStagedProducers;
+  static constexpr int kTasks = kColumns * 16 / gpu::kHopperRowsProducers;
   using LoadedX = Words2[kTasks][kKLanes];
 
   struct Task {
     int column, quarter, step;
     TORCH_Q4_DEVICE explicit Task(int index) {
-      const int thread = static_cast<int>(threadIdx.x) % gpu::kStagedProducers;
+      const int thread = static_cast<int>(threadIdx.x) % gpu::kHopperRowsProducers;
       step = thread & 3;
       quarter = thread >> 2 & 3;
-      column = thread / 16 + index * (gpu::kStagedProducers / 16);
+      column = thread / 16 + index * (gpu::kHopperRowsProducers / 16);
     }
     // The first k_lane's; the others' are further(k_lane) elements on.
     TORCH_Q4_DEVICE int element() const {
-      return 16 * staged_segment(Format::kBlockElems, 0, quarter) + 4 * step;
+      return 16 * stage_segment(Format::kBlockElems, 0, quarter) + 4 * step;
     }
     TORCH_Q4_DEVICE static int further(int k_lane) {
-      return 16 * staged_segment(Format::kBlockElems, k_lane, 0);
+      return 16 * stage_segment(Format::kBlockElems, k_lane, 0);
     }
   };
 
@@ -257,11 +258,11 @@ struct StagedProduct {
     }
   }
 
-  // The weights of a unit come in pieces, between which staged_offset leaves gaps.
-  static constexpr int kPiece = gpu::staged_piece_bytes(Format::kBlockElems);
+  // The weights of a unit come in pieces, between which stage_offset leaves gaps.
+  static constexpr int kPiece = gpu::stage_piece_bytes(Format::kBlockElems);
 
   TORCH_Q4_DEVICE void produce(int wave) const {
-    constexpr int kWaves = gpu::kStagedProducers / kWaveLanes;
+    constexpr int kWaves = gpu::kHopperRowsProducers / kWaveLanes;
     const int64_t group_bytes = (a.k / Format::kBlockElems) * kBlockBytes;
     const uint8_t* weights = a.blocks + first_row / kTileRows * group_bytes;
     int groups = 0;  // of this wave
@@ -285,7 +286,7 @@ struct StagedProduct {
           for (int at = 0; at < kUnitBytes; at += kPiece) {
             const int piece = bytes - at < kPiece ? bytes - at : kPiece;
             if (piece > 0) {
-              copy_async(to + gpu::staged_offset(Format::kBlockElems, at), from + at, piece,
+              copy_async(to + gpu::stage_offset(Format::kBlockElems, at), from + at, piece,
                          full(place.slot));
             }
           }
@@ -307,7 +308,7 @@ struct StagedProduct {
   template <int kFirst>
   TORCH_Q4_DEVICE void multiply_quarters(const uint8_t* weights, uint64_t x, int parts,
                                          float (&sums)[kColumns / 2]) const {
-    const auto half = StagedHalf<Format, T>::template read<kFirst>(weights, parts);
+    const auto half = StageHalf<Format, T>::template read<kFirst>(weights, parts);
     uint32_t decoded[2][2][8];
 #pragma unroll
     for (int quarter = 0; quarter < 2; ++quarter) {
@@ -353,10 +354,10 @@ struct StagedProduct {
 
   // Adds up the waves of a group and stores the result, or this split's part of it.
   TORCH_Q4_DEVICE void store(const float (&sums)[kColumns / 2], int group, int share) const {
-    constexpr int kStride = gpu::kStagedSumStride;
+    constexpr int kStride = gpu::kHopperRowsSumStride;
     auto* all = reinterpret_cast<float*>(stages);
     const auto sums_of = [&](int which) {
-      return all + (which * gpu::kStagedMostGroups + group) * (kColumns * kStride);
+      return all + (which * gpu::kHopperRowsMostGroups + group) * (kColumns * kStride);
     };
     sync_first_threads<kConsumers>();  // everyone is done with the stages
     float* own = sums_of(share);
@@ -387,13 +388,14 @@ struct StagedProduct {
 };
 
 template <class Format, class T, int kColumns>
-TORCH_Q4_DEVICE void staged(const gpu::StagedArgs& a) {
-  extern __shared__ Words4 staged_memory[];
-  const StagedProduct<Format, T, kColumns> product(a, reinterpret_cast<uint8_t*>(staged_memory));
+TORCH_Q4_DEVICE void hopper_rows(const gpu::HopperRowsArgs& a) {
+  extern __shared__ Words4 hopper_rows_memory[];
+  const HopperRowsProduct<Format, T, kColumns> product(
+      a, reinterpret_cast<uint8_t*>(hopper_rows_memory));
   product.init_barriers();
   let_next_begin();  // sum_splits, where K is shared out
   const int wave = wave_of_block();
-  constexpr int kMost = gpu::kStagedMostGroups, kShare = gpu::staged_share(kColumns);
+  constexpr int kMost = gpu::kHopperRowsMostGroups, kShare = gpu::hopper_rows_share(kColumns);
   if (wave >= kMost * kShare) {
     product.produce(wave - kMost * kShare);
     return;

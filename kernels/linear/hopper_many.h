@@ -1,5 +1,5 @@
 // linear for many rows of x on Hopper, where matrix instructions and not memory take the time. Like
-// staged.h, but
+// hopper_rows.h, but
 //
 //     x         a copy of it that arrange has put into the order of the instructions comes to
 //               shared memory in one piece a stage, without passing through registers
@@ -13,24 +13,25 @@
 // other waves' instructions are under way.
 #pragma once
 
-#include "staged.h"
+#include "hopper_rows.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
 template <class Format, class T, int kColumns>
-struct PairedProduct {
+struct HopperManyProduct {
   using Tile = GroupTile<T, kColumns>;
-  using Half = StagedHalf<Format, T>;
+  using Half = StageHalf<Format, T>;
   using Block = typename Format::Block;
-  static constexpr int kGroups = gpu::kPairedRows / kTileRows;
-  static constexpr int kUnit = gpu::paired_unit(Format::kBlockElems);
+  static constexpr int kGroups = gpu::kHopperManyRows / kTileRows;
+  static constexpr int kUnit = gpu::hopper_many_unit(Format::kBlockElems);
   static constexpr int kUnitBytes =
       kUnit / Format::kBlockElems * kTileRows * static_cast<int>(sizeof(Block));
-  static constexpr int kWeightBytes = gpu::paired_weight_bytes(Format::kBlockElems, sizeof(Block));
-  static constexpr int kXBytes = gpu::paired_x_bytes(kColumns);
+  static constexpr int kWeightBytes =
+      gpu::hopper_many_weight_bytes(Format::kBlockElems, sizeof(Block));
+  static constexpr int kXBytes = gpu::hopper_many_x_bytes(kColumns);
   static constexpr int kChunk = 32;  // columns that are stored at a time
 
-  const gpu::PairedArgs& args;
+  const gpu::HopperManyArgs& args;
   const gpu::LinearArgs& a;
   const uint32_t barriers;
   uint8_t* const x_stages;
@@ -40,21 +41,23 @@ struct PairedProduct {
   int64_t first_row, first_column;
   int columns, split, begin, end;
 
-  TORCH_Q4_DEVICE PairedProduct(const gpu::PairedArgs& args, uint8_t* memory)
+  TORCH_Q4_DEVICE HopperManyProduct(const gpu::HopperManyArgs& args, uint8_t* memory)
       : args(args),
         a(args.linear),
         barriers(shared_address(memory)),
-        x_stages(memory + gpu::kPairedBarrierBytes),
+        x_stages(memory + gpu::kHopperManyBarrierBytes),
         weight_stages(x_stages + args.x_stages * kXBytes),
         lane(threadIdx.x % kWaveLanes) {}
 
   TORCH_Q4_DEVICE uint32_t x_full(int slot) const { return barriers + 8 * slot; }
-  TORCH_Q4_DEVICE uint32_t x_empty(int slot) const { return x_full(gpu::kPairedMostStages + slot); }
+  TORCH_Q4_DEVICE uint32_t x_empty(int slot) const {
+    return x_full(gpu::kHopperManyMostStages + slot);
+  }
   TORCH_Q4_DEVICE uint32_t weights_full(int slot) const {
-    return x_full(2 * gpu::kPairedMostStages + slot);
+    return x_full(2 * gpu::kHopperManyMostStages + slot);
   }
   TORCH_Q4_DEVICE uint32_t weights_empty(int slot) const {
-    return x_full(3 * gpu::kPairedMostStages + slot);
+    return x_full(3 * gpu::kHopperManyMostStages + slot);
   }
   TORCH_Q4_DEVICE void init_barriers() const {
     if (threadIdx.x == 0) {
@@ -74,11 +77,11 @@ struct PairedProduct {
 
   // Tiles are numbered by pairs of row tiles first, then by columns, then by splits of K.
   TORCH_Q4_DEVICE void take(int pair) {
-    const int pairs = static_cast<int>(gpu::paired_row_pairs(a));
+    const int pairs = static_cast<int>(gpu::hopper_many_row_pairs(a));
     const int column_blocks = static_cast<int>((a.m + kColumns - 1) / kColumns);
     const int rest = pair / pairs, tile = (pair - rest * pairs) * 2 + rank_in_pair();
     split = rest / column_blocks;
-    first_row = a.row_begin + static_cast<int64_t>(tile) * gpu::kPairedRows;
+    first_row = a.row_begin + static_cast<int64_t>(tile) * gpu::kHopperManyRows;
     first_column = static_cast<int64_t>(rest - split * column_blocks) * kColumns;
     columns = a.m - first_column < kColumns ? static_cast<int>(a.m - first_column) : kColumns;
     const int units = static_cast<int>((a.k + kUnit - 1) / kUnit);
@@ -92,14 +95,14 @@ struct PairedProduct {
 
   // The wave that copies.
   TORCH_Q4_DEVICE void produce(RingPlace& weights_at, RingPlace& x_at) const {
-    constexpr int kPiece = gpu::staged_piece_bytes(Format::kBlockElems);
+    constexpr int kPiece = gpu::stage_piece_bytes(Format::kBlockElems);
     const int64_t group_bytes =
         a.k / Format::kBlockElems * (kTileRows * static_cast<int64_t>(sizeof(Block)));
     const int64_t rest = (a.row_end - first_row) / kTileRows;
     const int groups = rest < 0 ? 0 : rest < kGroups ? static_cast<int>(rest) : kGroups;
     const uint8_t* weights = a.blocks + (first_row / kTileRows + lane) * group_bytes;
     const uint32_t half_at = rank_in_pair() * (kXBytes / 2);
-    const int64_t stages = (a.k + gpu::kStagedUnit - 1) / gpu::kStagedUnit * 4;
+    const int64_t stages = (a.k + gpu::kStageUnit - 1) / gpu::kStageUnit * 4;
     const uint8_t* x = static_cast<const uint8_t*>(args.arranged) + half_at +
                        (first_column / kColumns * stages + begin * (kUnit / 64)) * kXBytes;
 #pragma unroll 1
@@ -118,7 +121,7 @@ struct PairedProduct {
         for (int at = 0; at < kUnitBytes; at += kPiece) {
           const int piece = bytes - at < kPiece ? bytes - at : kPiece;
           if (piece > 0) {
-            copy_async(to + gpu::staged_offset(Format::kBlockElems, at), from + at, piece, full);
+            copy_async(to + gpu::stage_offset(Format::kBlockElems, at), from + at, piece, full);
           }
         }
       }
@@ -191,7 +194,7 @@ struct PairedProduct {
   }
 
   // Stores the sums, or this split's part of them, kChunk columns at a time. `own` is
-  // kPairedStoreBytes of shared memory for this wave.
+  // kHopperManyStoreBytes of shared memory for this wave.
   TORCH_Q4_DEVICE void store(const float (&sums)[kColumns / 2], int group, uint8_t* own) const {
     const int64_t row = first_row + group * kTileRows;
     if (row >= a.row_end) return;
@@ -272,19 +275,19 @@ struct PairedProduct {
 };
 
 template <class Format, class T, int kColumns>
-TORCH_Q4_DEVICE void paired(const gpu::PairedArgs& args) {
-  extern __shared__ Words4 staged_memory[];
-  using Product = PairedProduct<Format, T, kColumns>;
+TORCH_Q4_DEVICE void hopper_many(const gpu::HopperManyArgs& args) {
+  extern __shared__ Words4 hopper_rows_memory[];
+  using Product = HopperManyProduct<Format, T, kColumns>;
   constexpr int kGroups = Product::kGroups;
-  Product product(args, reinterpret_cast<uint8_t*>(staged_memory));
+  Product product(args, reinterpret_cast<uint8_t*>(hopper_rows_memory));
   product.init_barriers();
   let_next_begin();  // sum_splits, where K is shared out
   const int wave = wave_of_block();
   const int first = static_cast<int>(blockIdx.x) / 2, step = static_cast<int>(gridDim.x) / 2;
-  const int count = static_cast<int>(gpu::paired_count(args, kColumns));
+  const int count = static_cast<int>(gpu::hopper_many_count(args, kColumns));
   RingPlace weights_at, x_at;
   if (wave >= kGroups) {
-    give_registers<gpu::kPairedProducerRegisters>();
+    give_registers<gpu::kHopperManyProducerRegisters>();
     if (wave == kGroups) {
       // For arrange. The others read and write nothing that it has to do with, and it begins only
       // when all work before it has ended.
@@ -296,9 +299,9 @@ TORCH_Q4_DEVICE void paired(const gpu::PairedArgs& args) {
       }
     }
   } else {
-    take_registers<gpu::kPairedConsumerRegisters>();
+    take_registers<gpu::kHopperManyConsumerRegisters>();
     uint8_t* own = product.weight_stages + args.weight_stages * kGroups * Product::kWeightBytes +
-                   wave * gpu::kPairedStoreBytes;
+                   wave * gpu::kHopperManyStoreBytes;
     float sums[kColumns / 2];
 #pragma unroll 1
     for (int pair = first; pair < count; pair += step) {
@@ -310,12 +313,12 @@ TORCH_Q4_DEVICE void paired(const gpu::PairedArgs& args) {
   sync_pair();  // neither block ends while the other may still reach its memory
 }
 
-// x's rows to where PairedProduct's stages expect them: (m / C, K / 64, C * 64) elements of two
+// x's rows to where HopperManyProduct's stages expect them: (m / C, K / 64, C * 64) elements of two
 // bytes, m rounded up to a multiple of C and K to one of 256. In each stage of 64 elements, for
 // each of the four instructions that multiply them, the first 8 elements of all C columns come
 // first, then the others. Elements past K are zero; columns past m are left as they are.
 TORCH_Q4_DEVICE void arrange(const gpu::ArrangeArgs& a) {
-  constexpr int kRows = gpu::kArrangeRows, kWords = gpu::kStagedUnit / 4;
+  constexpr int kRows = gpu::kArrangeRows, kWords = gpu::kStageUnit / 4;
   __shared__ Words2 rows[kRows][kWords + 1];  // one more for other banks
   let_next_begin();
   const int thread = static_cast<int>(threadIdx.x);
@@ -323,12 +326,12 @@ TORCH_Q4_DEVICE void arrange(const gpu::ArrangeArgs& a) {
   {
     const int row = thread / 16;
     const uint8_t* from =
-        static_cast<const uint8_t*>(a.x) + 2 * ((first + row) * a.k + unit * gpu::kStagedUnit);
+        static_cast<const uint8_t*>(a.x) + 2 * ((first + row) * a.k + unit * gpu::kStageUnit);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = (thread % 16 + 16 * i) * 8;
       Words4 eight = {{0, 0, 0, 0}};
-      if (first + row < a.m && unit * gpu::kStagedUnit + at < a.k) {
+      if (first + row < a.m && unit * gpu::kStageUnit + at < a.k) {
         eight = *reinterpret_cast<const Words4*>(from + 2 * at);
       }
       rows[row][at / 4] = {{eight.w[0], eight.w[1]}};
@@ -340,7 +343,7 @@ TORCH_Q4_DEVICE void arrange(const gpu::ArrangeArgs& a) {
   Words4 even, odd;
 #pragma unroll
   for (int k_lane = 0; k_lane < 4; ++k_lane) {
-    const int segment = staged_segment(a.block_elems, k_lane, quarter);
+    const int segment = stage_segment(a.block_elems, k_lane, quarter);
     const Words2 four = rows[row][segment * 4 + step];
     even.w[k_lane] = select_bytes<0, 1, 4, 5>(four.w[0], four.w[1]);
     odd.w[k_lane] = select_bytes<2, 3, 6, 7>(four.w[0], four.w[1]);

@@ -4,8 +4,7 @@
 // x's dtype once, as dequantising it to that dtype would.
 #pragma once
 
-#include "decode.h"
-#include "matvec.h"
+#include "rows.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
@@ -116,7 +115,7 @@ TORCH_Q4_DEVICE void multiply_tiles(const gpu::LinearArgs& a, int64_t first_row,
 }
 
 template <class Format, class T, int kColumns>
-TORCH_Q4_DEVICE void matmul(const gpu::LinearArgs& a) {
+TORCH_Q4_DEVICE void linear_tiles(const gpu::LinearArgs& a) {
   constexpr int kTiles = kColumns / 16 < Tile<T>::kMaxTiles ? kColumns / 16 : Tile<T>::kMaxTiles;
   const int64_t first_row = a.row_begin + static_cast<int64_t>(blockIdx.x) * kTileRows;
 #pragma unroll 1
