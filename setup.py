@@ -38,6 +38,7 @@ def gpu_settings() -> dict[str, str]:
         "TORCH_Q4_CUDA_ARCH": env.get("TORCH_Q4_CUDA_ARCH", ""),
         "TORCH_Q4_HIPCC": env.get("TORCH_Q4_HIPCC", ""),
         "TORCH_Q4_NVCC": env.get("TORCH_Q4_NVCC", ""),
+        "TORCH_Q4_FAST_COMPILE": env.get("TORCH_Q4_FAST_COMPILE") or "0",
         "TORCH_Q4_TORCH": "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu",
     }
 

@@ -39,14 +39,9 @@ ARCHS = (
     "gfx1100", "gfx1101", "gfx1102", "gfx1151", "gfx1200", "gfx1201",
 )  # fmt: skip
 
-# Architectures whose sources, and instructions that those ask for, are another one's: the
-# compiler's schedule and the number of registers differ. With --thin they meet a simple format and
-# those that need most registers only.
-SIBLINGS = {
-    "gfx90a": "gfx942", "gfx1101": "gfx1100", "gfx1102": "gfx1100", "gfx1151": "gfx1100",
-    "gfx1200": "gfx1201",
-}  # fmt: skip
-THIN_UNITS = ("Q4_0", "Q3_K", "Q5_K", "common")
+# With --thin all architectures meet a simple format and one that needs many registers; the other
+# formats meet one architecture each, by turns.
+THIN_UNITS = ("Q4_0", "Q3_K", "common")
 
 # The same optimisation and arithmetic as the build: what is checked must be what ships.
 FLAGS = (
@@ -877,13 +872,12 @@ def compile_all(
 ) -> tuple[list[Kernel], list[str]]:
     """All kernels of all units, and the messages of the compilations that failed.
 
-    With ``thin``, of an architecture whose sibling is among ``archs`` only those of ``THIN_UNITS``.
+    With ``thin`` one architecture for each unit, by turns, and all of them for ``THIN_UNITS``.
     """
     pairs = [
         (unit, arch)
-        for arch in archs
-        for unit in units
-        if not (thin and SIBLINGS.get(arch) in archs) or unit in THIN_UNITS
+        for turn, unit in enumerate(units)
+        for arch in (archs if not thin or unit in THIN_UNITS else [archs[turn % len(archs)]])
     ]
     kernels: list[Kernel] = []
     errors: list[str] = []
@@ -927,8 +921,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", nargs="+", default=known, choices=known, metavar="NAME",
                         help=f"what to compile (default: {' '.join(known)})")  # fmt: skip
     parser.add_argument("--thin", action="store_true",
-                        help=f"of {', '.join(SIBLINGS)} no more than {', '.join(THIN_UNITS)}: "
-                        "their sources and instructions are those of a sibling")  # fmt: skip
+                        help="one architecture for each format, by turns, and all for "
+                        f"{', '.join(THIN_UNITS)}")  # fmt: skip
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
                         help="compilations at a time (default: one a CPU)")  # fmt: skip
     parser.add_argument("--hip-root", type=absolute, default=os.environ.get("HIP_ROOT"),

@@ -10,6 +10,8 @@ set(TORCH_Q4_HIPCC "" CACHE FILEPATH "hipcc; empty: look for it")
 set(TORCH_Q4_NVCC "" CACHE FILEPATH "nvcc; empty: look for it")
 set(TORCH_Q4_ROCM_ARCH "" CACHE STRING "AMD architectures, or none; empty: those that users have")
 set(TORCH_Q4_CUDA_ARCH "" CACHE STRING "NVIDIA ones, as in 80;90+PTX, or none; empty: likewise")
+option(TORCH_Q4_FAST_COMPILE "compile NVIDIA's kernels in a third of the time, to slow code: for \
+seeing that they compile" OFF)
 
 set(CODE_OBJECTS "")
 set(BUILT_FOR_HIP "")
@@ -120,6 +122,9 @@ if(NVCC)
   # Its help names those with a letter, too, which --list-gpu-arch leaves out.
   execute_process(COMMAND "${NVCC}" --help OUTPUT_VARIABLE KNOWN_CUDA_ARCH ERROR_QUIET)
   set(CUDA_FLAGS -x cu -fatbin -O3 -std=c++17 --fmad=false)
+  if(TORCH_Q4_FAST_COMPILE)
+    list(APPEND CUDA_FLAGS --Ofast-compile=max)
+  endif()
   foreach(arch IN LISTS CUDA_ARCH)
     string(REPLACE "." "" number "${arch}")
     string(REPLACE "+PTX" "" number "${number}")

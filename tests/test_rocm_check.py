@@ -552,26 +552,16 @@ def test_exit_status(monkeypatch, capsys, tmp_path, formats, status, words) -> N
     assert markdown.read_text() == ""  # gfx906 stands for none of the devices
 
 
-@pytest.mark.parametrize(
-    ("archs", "compiled"),
-    [
-        (["gfx1100", "gfx1102", "gfx90a"], "5 kernels"),  # not Q4_1 for gfx1102
-        (["gfx1102", "gfx90a"], "4 kernels"),  # nothing stands for gfx1102
-    ],
-)
-def test_thin_leaves_out_siblings_alone(monkeypatch, capsys, archs, compiled) -> None:
+def test_thin_takes_turns(monkeypatch, capsys) -> None:
+    """Every format and every architecture, but not every pair."""
     monkeypatch.setattr(rocm_check, "Toolchain", lambda root: FakeToolchain())
-    assert rocm_check.main(["--thin", "--format", "Q4_0", "Q4_1", "--arch", *archs]) == 0
-    assert compiled in capsys.readouterr().out
-
-
-def test_siblings_hold_the_same_rules() -> None:
-    """Of an architecture that CI compiles less of, its sibling must ask for as much."""
-    for arch, sibling in rocm_check.SIBLINGS.items():
-        assert {arch, sibling} <= set(rocm_check.ARCHS)
-        assert sibling not in rocm_check.SIBLINGS
-        for rule in rocm_check.RULES:
-            assert rocm_check.matches(arch, rule.archs) == rocm_check.matches(sibling, rule.archs)
+    archs = ["gfx1100", "gfx90a"]
+    assert rocm_check.main(["--thin", "--format", "Q4_1", "Q8_0", "Q4_K", "--arch", *archs]) == 0
+    done = [line.split()[1:3] for line in capsys.readouterr().err.splitlines() if "[" in line]
+    assert sorted(done) == [["gfx1100", "Q4_1:"], ["gfx1100", "Q4_K:"], ["gfx90a", "Q8_0:"]]
+    assert rocm_check.main(["--thin", "--format", "Q4_0", "--arch", *archs]) == 0
+    assert "2 kernels" in capsys.readouterr().out
+    assert {"Q4_0", "common"} <= set(rocm_check.THIN_UNITS) < {*rocm_check.format_names(), "common"}
 
 
 def test_tools_that_fail_are_errors_and_no_tracebacks(monkeypatch, capsys, tmp_path) -> None:
