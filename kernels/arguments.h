@@ -3,25 +3,25 @@
 //
 // Two kinds of code objects exist. One per format, compiled from format.hip, holds
 //
-//     dequantize               DequantizeArgs   dequantize_grid
-//     embedding                EmbeddingArgs    embedding_grid
-//     reference_T                LinearArgs       reference_grid
-//     rows_T_C               LinearArgs       rows_grid, C columns a block
-//     rows_int8_C            LinearArgs       rows_grid, C columns a block
-//     tiles_T_C               LinearArgs       rows_grid, C columns a block; T is f16 or bf16;
-//                                               packed rows only, a multiple of 16 of them
-//     hopper_rows_T_C               HopperRowsArgs       hopper_rows_grid, C columns a block;
-//     likewise hopper_many_T_C               HopperManyArgs       hopper_many_grid, C columns a
-//     block; likewise transposed               TransposedArgs   transposed_grid pack, unpack
-//     RepackArgs       repack_grid quantize                 QuantizeArgs     quantize_grid; q4_0
-//     and q8_0 only
+//     dequantize           DequantizeArgs   dequantize_grid
+//     embedding            EmbeddingArgs    embedding_grid
+//     reference_T          LinearArgs       reference_grid
+//     rows_T_C             LinearArgs       rows_grid, C rows of x a block
+//     rows_int8_C          LinearArgs       rows_grid, C rows of x a block
+//     tiles_T_C            LinearArgs       rows_grid, C rows of x a block; T is f16 or bf16;
+//                                          packed rows only, a multiple of 16 of them
+//     hopper_rows_T_C      HopperRowsArgs   hopper_rows_grid; likewise
+//     hopper_many_T_C      HopperManyArgs   hopper_many_grid; likewise
+//     transposed           TransposedArgs   transposed_grid
+//     pack, unpack         RepackArgs       repack_grid
+//     quantize             QuantizeArgs     quantize_grid; q4_0 and q8_0 only
 //
 // with T in f32, f16, bf16 and C in the lists below; the other, from common.hip, what no format
 // enters into:
 //
-//     quantize_activations     ActivationArgs   activation_grid
-//     sum_splits               SumArgs          sum_grid
-//     arrange                  ArrangeArgs      arrange_grid
+//     quantize_activations ActivationArgs   activation_grid
+//     sum_splits           SumArgs          sum_grid
+//     arrange              ArrangeArgs      arrange_grid
 //
 // hopper_rows_T_C, hopper_many_T_C and arrange are for sm_90a only. Kernels are launched with
 // kBlockThreads threads a block and no dynamic shared memory, but hopper_rows_T_C with
@@ -43,25 +43,25 @@ namespace torch_q4::gpu {
 constexpr int kBlockThreads = 256;
 constexpr int kGroupRows = 16;  // rows that a block works on, those that the layout packs together
 
-constexpr int kRowsColumns[] = {1, 2, 4, 8};
-constexpr int kTilesColumns[] = {16, 64};
-constexpr int kTransposedRows = 4;   // rows of grad that a block works on
-constexpr int kPanelColumns = 1024;  // elements of 16 rows that a block of dequantize works on
+constexpr int kRowsXRows[] = {1, 2, 4, 8};
+constexpr int kTilesXRows[] = {16, 64};
+constexpr int kTransposedRows = 4;  // rows of grad that a block works on
+constexpr int kPanelElems = 1024;   // elements of 16 rows that a block of dequantize works on
 
-constexpr int kHopperRowsColumns[] = {8, 16, 32, 64, 128};
+constexpr int kHopperRowsXRows[] = {8, 16, 32, 64, 128};
 constexpr int kStageUnit = 256;            // elements of K, a stage
 constexpr int kHopperRowsMostGroups = 8;   // of 16 rows
 constexpr int kHopperRowsProducers = 128;  // threads that copy
-// Waves that share each group's work; the sums of many columns leave no room for a second one's.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_share(int columns) {
-  return columns > 32 ? 1 : 2;
+// Waves that share each group's work; the sums of many rows of x leave no room for a second one's.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_share(int x_rows) {
+  return x_rows > 32 ? 1 : 2;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_threads(int columns) {
-  return 32 * kHopperRowsMostGroups * hopper_rows_share(columns) + kHopperRowsProducers;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_threads(int x_rows) {
+  return 32 * kHopperRowsMostGroups * hopper_rows_share(x_rows) + kHopperRowsProducers;
 }
 constexpr int kHopperRowsMostStages = 6;
 
-constexpr int kHopperManyColumns[] = {128, 256};
+constexpr int kHopperManyXRows[] = {128, 256};
 constexpr int kHopperManyRows = 128;  // of W, a block; the two of a pair have neighbouring ones
 constexpr int kHopperManyMostStages = 8;
 constexpr int kHopperManyThreads = 384;  // 256 that multiply and four waves of which one copies
@@ -102,7 +102,7 @@ struct HopperRowsArgs {
 // The same product by pairs of blocks: kernels/linear/hopper_many.h.
 struct HopperManyArgs {
   LinearArgs linear;                // x is not read
-  const void* arranged;             // x as arrange leaves it for C columns
+  const void* arranged;             // x as arrange leaves it for so many rows
   float* partial;                   // as HopperRowsArgs's
   int32_t x_stages, weight_stages;  // 2 to kHopperManyMostStages
   int32_t splits;
@@ -114,7 +114,7 @@ struct ArrangeArgs {
   const void* x;
   void* out;
   int64_t m, k;
-  int32_t columns;      // C of hopper_many_T_C
+  int32_t x_rows;       // C of hopper_many_T_C
   int32_t block_elems;  // of the weight's format
 };
 
@@ -201,14 +201,14 @@ TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int part_elems(int block_elems) {
   return block_elems >= 64 ? 64 : 32;
 }
 
-// A block takes kPanelColumns elements of 16 packed rows, or a part a thread of rows that are not.
+// A block takes kPanelElems elements of 16 packed rows, or a part a thread of rows that are not.
 inline Grid dequantize_grid(const DequantizeArgs& a, int block_elems) {
   const int64_t rows = a.row_end - a.row_begin;
   const int64_t groups = a.packed ? rows / kGroupRows : 0;
   const int64_t others = (rows - groups * kGroupRows) * (a.k / part_elems(block_elems));
-  return {static_cast<uint32_t>(groups) * ceil_div(a.k, kPanelColumns) +
-              ceil_div(others, kBlockThreads),
-          1};
+  return {
+      static_cast<uint32_t>(groups) * ceil_div(a.k, kPanelElems) + ceil_div(others, kBlockThreads),
+      1};
 }
 inline Grid embedding_grid(const EmbeddingArgs& a, int block_elems) {
   return {ceil_div(a.count * (a.k / part_elems(block_elems)), kBlockThreads), 1};
@@ -216,8 +216,8 @@ inline Grid embedding_grid(const EmbeddingArgs& a, int block_elems) {
 inline Grid reference_grid(const LinearArgs& a) {
   return {ceil_div(a.m * (a.row_end - a.row_begin), kBlockThreads), 1};
 }
-inline Grid rows_grid(const LinearArgs& a, int columns) {
-  return {ceil_div(a.row_end - a.row_begin, kGroupRows), ceil_div(a.m, columns)};
+inline Grid rows_grid(const LinearArgs& a, int x_rows) {
+  return {ceil_div(a.row_end - a.row_begin, kGroupRows), ceil_div(a.m, x_rows)};
 }
 // A block takes 256 elements of k, split by split; the rows of grad are the grid's other side.
 inline Grid transposed_grid(const TransposedArgs& a) {
@@ -236,12 +236,12 @@ TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int stage_block_bytes(int block_elems, 
   return stage_offset(block_elems, kGroupRows * block_bytes - 16) + 16;
 }
 // What one matrix instruction reads of x, and a gap for the same reason.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_tile_bytes(int columns) {
-  return columns * 16 * 2 + 16;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_tile_bytes(int x_rows) {
+  return x_rows * 16 * 2 + 16;
 }
 // One stage: x, then the weights.
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_x_bytes(int columns) {
-  return kStageUnit / 16 * hopper_rows_tile_bytes(columns);
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_x_bytes(int x_rows) {
+  return kStageUnit / 16 * hopper_rows_tile_bytes(x_rows);
 }
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_weight_bytes(int block_elems,
                                                                       int block_bytes) {
@@ -249,38 +249,38 @@ TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_rows_weight_bytes(int block_
 }
 // Bytes of shared memory: barriers, then the stages, in which sums find their place at the end.
 constexpr int kHopperRowsBarrierBytes = 128;
-constexpr int kHopperRowsSumStride =
-    20;  // floats between columns, so that lanes use different banks
-constexpr int hopper_rows_shared_bytes(const HopperRowsArgs& a, int columns, int block_elems,
+// Floats between rows of x, so that lanes use different banks.
+constexpr int kHopperRowsSumStride = 20;
+constexpr int hopper_rows_shared_bytes(const HopperRowsArgs& a, int x_rows, int block_elems,
                                        int block_bytes) {
   const int stage =
-      hopper_rows_x_bytes(columns) + a.groups * hopper_rows_weight_bytes(block_elems, block_bytes);
+      hopper_rows_x_bytes(x_rows) + a.groups * hopper_rows_weight_bytes(block_elems, block_bytes);
   const int sums =
-      hopper_rows_share(columns) * kHopperRowsMostGroups * columns * kHopperRowsSumStride * 4;
+      hopper_rows_share(x_rows) * kHopperRowsMostGroups * x_rows * kHopperRowsSumStride * 4;
   return kHopperRowsBarrierBytes + (a.stages * stage > sums ? a.stages * stage : sums);
 }
-inline Grid hopper_rows_grid(const HopperRowsArgs& a, int columns) {
+inline Grid hopper_rows_grid(const HopperRowsArgs& a, int x_rows) {
   const int64_t groups = (a.linear.row_end - a.linear.row_begin) / kGroupRows;
   return {ceil_div(groups, a.groups) * static_cast<uint32_t>(a.splits),
-          ceil_div(a.linear.m, columns)};
+          ceil_div(a.linear.m, x_rows)};
 }
 // A stage of x has 64 elements, one of the weights a unit: 256, or half of it where blocks are
 // smaller, which leaves room for more of x.
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_unit(int block_elems) {
   return part_elems(block_elems) == 64 ? kStageUnit : kStageUnit / 2;
 }
-TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_x_bytes(int columns) {
-  return columns * 64 * 2;
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_x_bytes(int x_rows) {
+  return x_rows * 64 * 2;
 }
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int hopper_many_weight_bytes(int block_elems,
                                                                       int block_bytes) {
   return hopper_many_unit(block_elems) / block_elems * stage_block_bytes(block_elems, block_bytes);
 }
 // Bytes of shared memory: barriers, x, the weights, room in which each wave stores its sums.
-constexpr int hopper_many_shared_bytes(const HopperManyArgs& a, int columns, int block_elems,
+constexpr int hopper_many_shared_bytes(const HopperManyArgs& a, int x_rows, int block_elems,
                                        int block_bytes) {
   constexpr int kGroups = kHopperManyRows / kGroupRows;
-  return kHopperManyBarrierBytes + a.x_stages * hopper_many_x_bytes(columns) +
+  return kHopperManyBarrierBytes + a.x_stages * hopper_many_x_bytes(x_rows) +
          kGroups * (a.weight_stages * hopper_many_weight_bytes(block_elems, block_bytes) +
                     kHopperManyStoreBytes);
 }
@@ -289,17 +289,16 @@ TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t hopper_many_row_pairs(const Lin
   return (a.row_end - a.row_begin + 2 * kHopperManyRows - 1) / (2 * kHopperManyRows);
 }
 TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int64_t hopper_many_count(const HopperManyArgs& a,
-                                                                   int columns) {
-  return hopper_many_row_pairs(a.linear) * ((a.linear.m + columns - 1) / columns) * a.splits;
+                                                                   int x_rows) {
+  return hopper_many_row_pairs(a.linear) * ((a.linear.m + x_rows - 1) / x_rows) * a.splits;
 }
-inline Grid hopper_many_grid(const HopperManyArgs& a, int columns, int multiprocessors) {
-  const int64_t count = hopper_many_count(a, columns);
+inline Grid hopper_many_grid(const HopperManyArgs& a, int x_rows, int multiprocessors) {
+  const int64_t count = hopper_many_count(a, x_rows);
   const int64_t most = multiprocessors < 2 ? 1 : multiprocessors / 2;
   return {static_cast<uint32_t>(2 * (count < most ? count : most)), 1};
 }
-constexpr int64_t arranged_bytes(int64_t m, int64_t k, int columns) {
-  return (m + columns - 1) / columns * columns * ((k + kStageUnit - 1) / kStageUnit) * kStageUnit *
-         2;
+constexpr int64_t arranged_bytes(int64_t m, int64_t k, int x_rows) {
+  return (m + x_rows - 1) / x_rows * x_rows * ((k + kStageUnit - 1) / kStageUnit) * kStageUnit * 2;
 }
 inline Grid arrange_grid(const ArrangeArgs& a) {
   return {ceil_div(a.k, kStageUnit), ceil_div(a.m, kArrangeRows)};

@@ -19,9 +19,9 @@ extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu:
   for (int split = 0; split < a.splits; ++split) sum += a.partial[split * a.count + index];
   int64_t to = index;
   if (a.rows != a.n || a.bias != nullptr) {  // else there is nothing to divide for
-    const int64_t row = index / a.rows, column = index - row * a.rows;
-    if (a.bias != nullptr) sum += load_value(a.bias, column, a.dtype);
-    to = row * a.n + column;
+    const int64_t row = index / a.rows, x_row = index - row * a.rows;
+    if (a.bias != nullptr) sum += load_value(a.bias, x_row, a.dtype);
+    to = row * a.n + x_row;
   }
   store_value(a.out, to, sum, a.dtype);
 }

@@ -228,7 +228,7 @@ struct DequantizeShared {
   static constexpr int kBlockElems = Format::kBlockElems;
   // Canonical blocks, and packed ones of a row.
   static constexpr int kBlocks = gpu::kBlockThreads / kBlockParts<Format>;
-  static constexpr int kPanelBlocks = gpu::kPanelColumns / kBlockElems;
+  static constexpr int kPanelBlocks = gpu::kPanelElems / kBlockElems;
   static constexpr int kCanonicalBytes = kBlocks * kBytes + 16;
   static constexpr int kPackedBytes = kPanelBlocks * kTileRows * kBytes;
   static constexpr int kStagedBytes = kCanonicalBytes > gapped(kPackedBytes) ? kCanonicalBytes
@@ -354,14 +354,14 @@ TORCH_Q4_DEVICE void dequantize_canonical(const gpu::DequantizeArgs& a, int64_t 
   }
 }
 
-// kPanelColumns elements from `first` on of the 16 packed rows of `group`.
+// kPanelElems elements from `first` on of the 16 packed rows of `group`.
 template <class Format, class T>
 TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t group, int64_t first,
                                        DequantizeShared<Format>& shared) {
   using Shared = DequantizeShared<Format>;
   using Piece = PackedPiece<Format, kPieceElems<T> / 4>;
   constexpr int kBlockBytes = kTileRows * Shared::kBytes;
-  constexpr int kUnits = gpu::kPanelColumns / kUnitElems * kTileRows;
+  constexpr int kUnits = gpu::kPanelElems / kUnitElems * kTileRows;
   const int64_t row_blocks = a.k / Format::kBlockElems;
   const int64_t left = (a.k - first) / Format::kBlockElems;
   const int count = left < Shared::kPanelBlocks ? static_cast<int>(left) : Shared::kPanelBlocks;
@@ -382,10 +382,10 @@ TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t gro
   const int64_t index = group * kTileRows * a.k + first;
 #pragma unroll 1  // more would cost registers, and so threads that hide each other's waits
   for (int unit = thread / kUnitThreads; unit < kUnits; unit += kUnitsAtOnce) {
-    const int row = unit % kTileRows, column = unit / kTileRows * kUnitElems;
+    const int row = unit % kTileRows, x_row = unit / kTileRows * kUnitElems;
 #pragma unroll
     for (int start = 0; start < kUnitElems; start += kUnitThreads * kPieceElems<T>) {
-      const int element = column + start + lane * kPieceElems<T>;
+      const int element = x_row + start + lane * kPieceElems<T>;
       const int place = element / Format::kBlockElems;
       const int segment = element % Format::kBlockElems / 16;
       if (place >= count) continue;
@@ -399,12 +399,12 @@ TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t gro
 template <class Format, class T>
 TORCH_Q4_DEVICE void dequantize_to(const gpu::DequantizeArgs& a, DequantizeShared<Format>& shared) {
   const int64_t groups = a.packed ? (a.row_end - a.row_begin) / kTileRows : 0;
-  const int64_t panels = (a.k + gpu::kPanelColumns - 1) / gpu::kPanelColumns;
+  const int64_t panels = (a.k + gpu::kPanelElems - 1) / gpu::kPanelElems;
   // The last rows first: the first ones are then still in the cache when a matrix product begins to
   // read the panel.
   const int64_t block = gridDim.x - 1 - blockIdx.x;
   if (block < groups * panels) {
-    dequantize_packed<Format, T>(a, block / panels, block % panels * gpu::kPanelColumns, shared);
+    dequantize_packed<Format, T>(a, block / panels, block % panels * gpu::kPanelElems, shared);
   } else {
     dequantize_canonical<Format, T>(a, a.row_begin + groups * kTileRows, block - groups * panels,
                                     shared);

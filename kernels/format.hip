@@ -24,9 +24,9 @@ using Format = TORCH_Q4_FORMAT;
     __VA_ARGS__(a);                                                                    \
   }
 
-#define TORCH_Q4_TILES(name, T, columns, blocks)                                                   \
+#define TORCH_Q4_TILES(name, T, x_rows, blocks)                                                    \
   extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, blocks) name(gpu::LinearArgs a) { \
-    linear_tiles<Format, T, columns>(a);                                                           \
+    linear_tiles<Format, T, x_rows>(a);                                                            \
   }
 
 extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, 8)
@@ -59,10 +59,10 @@ TORCH_Q4_TILES(tiles_bf16_16, BFloat16, 16, 3)
 TORCH_Q4_TILES(tiles_bf16_64, BFloat16, 64, 2)
 
 #if defined(TORCH_Q4_HOPPER)
-#define TORCH_Q4_HOPPER_ROWS(name, T, columns)                                       \
-  extern "C" __global__ void __launch_bounds__(gpu::hopper_rows_threads(columns), 1) \
-      hopper_rows_##name##_##columns(gpu::HopperRowsArgs a) {                        \
-    hopper_rows<Format, T, columns>(a);                                              \
+#define TORCH_Q4_HOPPER_ROWS(name, T, x_rows)                                       \
+  extern "C" __global__ void __launch_bounds__(gpu::hopper_rows_threads(x_rows), 1) \
+      hopper_rows_##name##_##x_rows(gpu::HopperRowsArgs a) {                        \
+    hopper_rows<Format, T, x_rows>(a);                                              \
   }
 #define TORCH_Q4_HOPPER_ROWS_OF(name, T) \
   TORCH_Q4_HOPPER_ROWS(name, T, 8)       \
@@ -73,10 +73,10 @@ TORCH_Q4_TILES(tiles_bf16_64, BFloat16, 64, 2)
 TORCH_Q4_HOPPER_ROWS_OF(f16, Float16)
 TORCH_Q4_HOPPER_ROWS_OF(bf16, BFloat16)
 
-#define TORCH_Q4_HOPPER_MANY(name, T, columns)                                            \
-  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(                 \
-      gpu::kHopperManyThreads, 1) hopper_many_##name##_##columns(gpu::HopperManyArgs a) { \
-    hopper_many<Format, T, columns>(a);                                                   \
+#define TORCH_Q4_HOPPER_MANY(name, T, x_rows)                                            \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(                \
+      gpu::kHopperManyThreads, 1) hopper_many_##name##_##x_rows(gpu::HopperManyArgs a) { \
+    hopper_many<Format, T, x_rows>(a);                                                   \
   }
 TORCH_Q4_HOPPER_MANY(f16, Float16, 128)
 TORCH_Q4_HOPPER_MANY(f16, Float16, 256)

@@ -73,8 +73,14 @@ def random_blocks(fmt: Format, rows: int, columns: int) -> Tensor:
 
 
 def dense64(blocks: Tensor, fmt: Format) -> Tensor:
-    """The weights by the reference, in float64."""
-    split = blocks.unflatten(-1, (-1, fmt.block_bytes))
+    """The weights by the reference, in float64. Not to be written to: the last ones are kept."""
+    return _dense64(blocks.contiguous().numpy().tobytes(), blocks.shape, fmt)
+
+
+@functools.lru_cache(maxsize=2)
+def _dense64(data: bytes, shape: torch.Size, fmt: Format) -> Tensor:
+    blocks = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+    split = blocks.to(torch.uint8).reshape(*shape[:-1], -1, fmt.block_bytes)
     return fmt.reference(split).flatten(-2).double()
 
 

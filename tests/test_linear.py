@@ -128,12 +128,13 @@ def test_int8(fmt, dtype, with_bias) -> None:
     for n, k in shapes(fmt):
         blocks = random_blocks(fmt, n, k)
         bias = torch.randn(n).to(dtype) if with_bias else None
+        rows = torch.randn(max(ROWS), k).to(dtype)
+        products = rows.double() @ dense64(blocks, fmt).T
         for m in ROWS:
-            x = torch.randn(m, k).to(dtype)
+            x, product = rows[:m], products[:m]
             y = torch_q4.linear(x, blocks, fmt, bias, compute="int8")
             assert y.dtype == dtype
             assert y.shape == (m, n)
-            product = x.double() @ dense64(blocks, fmt).T
             wanted = product + (bias.double() if bias is not None else 0)
             # 1e-4 of the product, and the one rounding to the output's dtype on top.
             allowed = 1e-2 * product.norm() + EPS[dtype] * wanted.norm()

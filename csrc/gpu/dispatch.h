@@ -78,7 +78,7 @@ constexpr bool takes_family(const LinearKernelInfo& kernel, Family family) {
 // within a tenth. Of weights of 2048 x 2048 and less it only says rightly that torch's is the
 // quicker.
 struct HopperManyCut {
-  int width;  // a position in kHopperManyColumns
+  int width;  // a position in kHopperManyXRows
   int32_t splits;
   int64_t time;
 };
@@ -105,7 +105,7 @@ constexpr HopperManyCut hopper_many_cut(int64_t m, int64_t n, int64_t k, int blo
       args.linear.row_end = n / kGroupRows * kGroupRows;
       args.splits = splits;
       const int64_t rounds =
-          (hopper_many_count(args, kHopperManyColumns[width]) + places - 1) / places;
+          (hopper_many_count(args, kHopperManyXRows[width]) + places - 1) / places;
       const int64_t arranging = 3500 + m * k / 1000;
       const int64_t adding_up = splits > 1 ? 2000 + splits * m * n / 300 : 0;
       const int64_t time =
@@ -132,7 +132,7 @@ constexpr bool hopper_many_beats_blas(const LinearCase& c) {
 // keep int8's promise, too, so where they are faster they are what int8 gets.
 
 // Measured on an H100 (benchmarks/bench_gpu.py --kernels): the matrix kernel takes as long for 16
-// columns as for one, and dequantising for torch's own product is worth it from about 100.
+// rows of x as for one, and dequantising for torch's own product is worth it from about 100.
 constexpr LinearRule kNvidiaRules[] = {
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 48,
      LinearKernel::kTiles16},
@@ -230,7 +230,7 @@ constexpr LinearKernel choose_linear(const LinearCase& c) {
 
 // How hopper_rows_T_C cuts up a product of m rows of x with n packed rows of W.
 struct HopperRowsPlan {
-  int width;  // a position in kHopperRowsColumns
+  int width;  // a position in kHopperRowsXRows
   int32_t groups, stages, splits;
 };
 
@@ -243,7 +243,7 @@ constexpr int32_t hopper_rows_stages(int width, int32_t groups, int block_elems,
   HopperRowsArgs args = {};
   args.groups = groups;
   args.stages = kHopperRowsUsefulStages;
-  while (args.stages >= 2 && hopper_rows_shared_bytes(args, kHopperRowsColumns[width], block_elems,
+  while (args.stages >= 2 && hopper_rows_shared_bytes(args, kHopperRowsXRows[width], block_elems,
                                                       block_bytes) > shared_bytes) {
     --args.stages;
   }
@@ -258,11 +258,10 @@ constexpr HopperRowsPlan hopper_rows_plan(int64_t m, int64_t n, int64_t k, int b
   const int64_t total = n < kGroupRows ? 1 : n / kGroupRows;
   const int64_t most_splits = (k + kStageUnit - 1) / kStageUnit / 2;
   int width = 0;
-  while (width < kHopperRowsWidths - 1 && kHopperRowsColumns[width] < m) ++width;
+  while (width < kHopperRowsWidths - 1 && kHopperRowsXRows[width] < m) ++width;
   for (;; --width) {
-    const int64_t column_blocks = (m + kHopperRowsColumns[width] - 1) / kHopperRowsColumns[width];
-    const int64_t most_blocks =
-        column_blocks < 1 ? multiprocessors : multiprocessors / column_blocks;
+    const int64_t x_row_blocks = (m + kHopperRowsXRows[width] - 1) / kHopperRowsXRows[width];
+    const int64_t most_blocks = x_row_blocks < 1 ? multiprocessors : multiprocessors / x_row_blocks;
     const int64_t fewest = (total + kHopperRowsMostGroups - 1) / kHopperRowsMostGroups;
     int64_t splits = most_blocks / fewest;
     splits = splits > most_splits ? most_splits : splits;
@@ -282,7 +281,7 @@ constexpr HopperRowsPlan hopper_rows_plan(int64_t m, int64_t n, int64_t k, int b
 
 // How hopper_many_T_C cuts up a product of m rows of x with n packed rows of W.
 struct HopperManyPlan {
-  int width;  // a position in kHopperManyColumns
+  int width;  // a position in kHopperManyXRows
   int32_t x_stages, weight_stages, splits;
 };
 
@@ -291,13 +290,13 @@ struct HopperManyPlan {
 // either if there is no room.
 constexpr HopperManyPlan with_stages(HopperManyPlan plan, int block_elems, int block_bytes,
                                      int shared_bytes) {
-  const int columns = kHopperManyColumns[plan.width];
-  const int32_t most_x = columns > 128 ? 5 : 8;
+  const int x_rows = kHopperManyXRows[plan.width];
+  const int32_t most_x = x_rows > 128 ? 5 : 8;
   const int32_t unit_stages = kStageUnit / hopper_many_unit(block_elems);
   HopperManyArgs args = {};
   args.weight_stages = 2 * unit_stages;
   const auto fits = [&] {
-    return hopper_many_shared_bytes(args, columns, block_elems, block_bytes) <= shared_bytes;
+    return hopper_many_shared_bytes(args, x_rows, block_elems, block_bytes) <= shared_bytes;
   };
   while (args.x_stages < most_x && (++args.x_stages, fits())) {
   }

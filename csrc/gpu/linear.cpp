@@ -39,12 +39,12 @@ void run_reference(const Call& call, const LinearArgs& args) {
 
 void run_rows(const Call& call, const LinearArgs& args, bool int8) {
   int width = 0;
-  while (width < kRowsWidths - 1 && kRowsColumns[width] < args.m) ++width;
-  const int columns = kRowsColumns[width];
+  while (width < kRowsWidths - 1 && kRowsXRows[width] < args.m) ++width;
+  const int x_rows = kRowsXRows[width];
   const Kernel kernel = int8 ? rows_int8_kernel(width) : rows_kernel(args.dtype, width);
   const int64_t x_bytes = int8 ? 1 : dtype_bytes(args.dtype);
-  by_rows(args, kMostGridY * columns, x_bytes,
-          [&](const LinearArgs& part) { call.run(kernel, rows_grid(part, columns), part); });
+  by_rows(args, kMostGridY * x_rows, x_bytes,
+          [&](const LinearArgs& part) { call.run(kernel, rows_grid(part, x_rows), part); });
 }
 
 // The last ones of a packed weight, which the matrix kernels leave out.
@@ -55,10 +55,10 @@ void rows_that_are_not_packed(const Call& call, LinearArgs args) {
 }
 
 void run_tiles(const Call& call, LinearArgs args, int width) {
-  const int columns = kTilesColumns[width];
+  const int x_rows = kTilesXRows[width];
   args.row_end = args.n / kGroupRows * kGroupRows;
-  by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
-    call.run(tiles_kernel(args.dtype, width), rows_grid(part, columns), part);
+  by_rows(args, kMostGridY * x_rows, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    call.run(tiles_kernel(args.dtype, width), rows_grid(part, x_rows), part);
   });
   rows_that_are_not_packed(call, args);
 }
@@ -96,17 +96,16 @@ void run_hopper_rows(const Call& call, LinearArgs args) {
   const HopperRowsPlan plan =
       hopper_rows_plan(args.m, args.n, args.k, format.block_elems, format.block_bytes,
                        info.multiprocessors, info.shared_bytes);
-  const int columns = kHopperRowsColumns[plan.width];
+  const int x_rows = kHopperRowsXRows[plan.width];
   args.row_end = args.n / kGroupRows * kGroupRows;
-  by_rows(args, kMostGridY * columns, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+  by_rows(args, kMostGridY * x_rows, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
     if (part.row_end == 0) return;
     HopperRowsArgs all = {part, nullptr, plan.groups, plan.stages, plan.splits};
     std::optional<Tensor> partial = partial_sums(call, part, plan.splits);
     if (partial) all.partial = static_cast<float*>(partial->mutable_data_ptr());
-    const int bytes =
-        hopper_rows_shared_bytes(all, columns, format.block_elems, format.block_bytes);
-    call.run(hopper_rows_kernel(args.dtype, plan.width), hopper_rows_grid(all, columns), all,
-             {static_cast<unsigned>(hopper_rows_threads(columns)), static_cast<unsigned>(bytes)});
+    const int bytes = hopper_rows_shared_bytes(all, x_rows, format.block_elems, format.block_bytes);
+    call.run(hopper_rows_kernel(args.dtype, plan.width), hopper_rows_grid(all, x_rows), all,
+             {static_cast<unsigned>(hopper_rows_threads(x_rows)), static_cast<unsigned>(bytes)});
     if (partial) add_up(call, *partial, part);
   });
   rows_that_are_not_packed(call, args);
@@ -114,7 +113,7 @@ void run_hopper_rows(const Call& call, LinearArgs args) {
 
 // Rows of x that are arranged at a time, at most kPanelBytes of them.
 int64_t arranged_rows(int64_t k) {
-  constexpr int64_t kMultiple = 256;  // whole blocks of columns
+  constexpr int64_t kMultiple = 256;  // whole blocks
   const int64_t rows = kPanelBytes / arranged_bytes(1, k, 1) / kMultiple * kMultiple;
   return std::max(rows, kMultiple);
 }
@@ -128,11 +127,11 @@ void run_hopper_many(const Call& call, LinearArgs args) {
     const HopperManyPlan plan =
         hopper_many_plan(part.m, part.n, part.k, format.block_elems, format.block_bytes,
                          info.multiprocessors, info.shared_bytes);
-    const int columns = kHopperManyColumns[plan.width];
-    const Tensor arranged = call.empty({arranged_bytes(part.m, part.k, columns)}, ScalarType::Byte);
-    const ArrangeArgs arrange = {part.x,  arranged.mutable_data_ptr(),
-                                 part.m,  part.k,
-                                 columns, static_cast<int32_t>(format.block_elems)};
+    const int x_rows = kHopperManyXRows[plan.width];
+    const Tensor arranged = call.empty({arranged_bytes(part.m, part.k, x_rows)}, ScalarType::Byte);
+    const ArrangeArgs arrange = {part.x, arranged.mutable_data_ptr(),
+                                 part.m, part.k,
+                                 x_rows, static_cast<int32_t>(format.block_elems)};
     call.run_common(kArrange, arrange_grid(arrange), arrange);
     HopperManyArgs all = {part,          arrange.out,        nullptr,
                           plan.x_stages, plan.weight_stages, plan.splits};
@@ -141,10 +140,10 @@ void run_hopper_many(const Call& call, LinearArgs args) {
     Block block;
     block.threads = kHopperManyThreads;
     block.shared_bytes =
-        hopper_many_shared_bytes(all, columns, format.block_elems, format.block_bytes);
+        hopper_many_shared_bytes(all, x_rows, format.block_elems, format.block_bytes);
     block.overlaps = true;
     call.run(hopper_many_kernel(args.dtype, plan.width),
-             hopper_many_grid(all, columns, info.multiprocessors), all, block);
+             hopper_many_grid(all, x_rows, info.multiprocessors), all, block);
     if (partial) add_up(call, *partial, part);
   });
   rows_that_are_not_packed(call, args);
@@ -189,9 +188,9 @@ const DenseProducts& dense_products() {
 }
 
 // A contiguous tensor's elements as a matrix.
-Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t x_rows) {
   if (tensor.dim() == 2) return tensor;
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  const int64_t sizes[] = {rows, x_rows}, strides[] = {x_rows, 1};
   AtenTensorHandle matrix = nullptr;
   // The offset counts from the tensor's own.
   TORCH_ERROR_CODE_CHECK(

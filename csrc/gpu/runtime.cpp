@@ -207,8 +207,8 @@ Function load_kernel(const char* op, CodeObject object, Kernel kernel, int devic
 
 std::string kernel_name(Kernel kernel) {
   constexpr const char* kSuffixes[kDTypes] = {"f32", "f16", "bf16"};
-  const auto with_width = [](const std::string& name, int columns) {
-    return name + "_" + std::to_string(columns);
+  const auto with_width = [](const std::string& name, int x_rows) {
+    return name + "_" + std::to_string(x_rows);
   };
   switch (kernel) {
     case kDequantize:
@@ -236,22 +236,22 @@ std::string kernel_name(Kernel kernel) {
   if (kernel < kRowsInt8) {
     const int place = kernel - kRows;
     return with_width(std::string("rows_") + kSuffixes[place / kRowsWidths],
-                      kRowsColumns[place % kRowsWidths]);
+                      kRowsXRows[place % kRowsWidths]);
   }
-  if (kernel < kTiles) return with_width("rows_int8", kRowsColumns[kernel - kRowsInt8]);
+  if (kernel < kTiles) return with_width("rows_int8", kRowsXRows[kernel - kRowsInt8]);
   if (kernel < kHopperRows) {
     const int place = kernel - kTiles;
     return with_width(std::string("tiles_") + kSuffixes[1 + place / kTilesWidths],
-                      kTilesColumns[place % kTilesWidths]);
+                      kTilesXRows[place % kTilesWidths]);
   }
   if (kernel < kHopperMany) {
     const int place = kernel - kHopperRows;
     return with_width(std::string("hopper_rows_") + kSuffixes[1 + place / kHopperRowsWidths],
-                      kHopperRowsColumns[place % kHopperRowsWidths]);
+                      kHopperRowsXRows[place % kHopperRowsWidths]);
   }
   const int place = kernel - kHopperMany;
   return with_width(std::string("hopper_many_") + kSuffixes[1 + place / kHopperManyWidths],
-                    kHopperManyColumns[place % kHopperManyWidths]);
+                    kHopperManyXRows[place % kHopperManyWidths]);
 }
 
 const DeviceInfo& device_info(const char* op, int device) {

@@ -25,10 +25,10 @@ enum CodeObject : int {
 };
 
 constexpr int kDTypes = 3;
-constexpr int kRowsWidths = sizeof(kRowsColumns) / sizeof(int);
-constexpr int kTilesWidths = sizeof(kTilesColumns) / sizeof(int);
-constexpr int kHopperRowsWidths = sizeof(kHopperRowsColumns) / sizeof(int);
-constexpr int kHopperManyWidths = sizeof(kHopperManyColumns) / sizeof(int);
+constexpr int kRowsWidths = sizeof(kRowsXRows) / sizeof(int);
+constexpr int kTilesWidths = sizeof(kTilesXRows) / sizeof(int);
+constexpr int kHopperRowsWidths = sizeof(kHopperRowsXRows) / sizeof(int);
+constexpr int kHopperManyWidths = sizeof(kHopperManyXRows) / sizeof(int);
 
 // The entry points of kernels/arguments.h. Families are addressed by the functions below.
 enum Kernel : int {
@@ -51,7 +51,7 @@ enum Kernel : int {
 };
 
 constexpr Kernel reference_kernel(DType dtype) { return Kernel(kReference + dtype); }
-// `width` is a position in kRowsColumns, kTilesColumns, kHopperRowsColumns or kHopperManyColumns.
+// `width` is a position in kRowsXRows, kTilesXRows, kHopperRowsXRows or kHopperManyXRows.
 constexpr Kernel rows_kernel(DType dtype, int width) {
   return Kernel(kRows + dtype * kRowsWidths + width);
 }

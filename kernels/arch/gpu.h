@@ -28,7 +28,7 @@ struct alignas(8) Words2 {
 TORCH_Q4_DEVICE void schedule_fence();
 
 // The value, of which the compiler no longer knows that it is the same in every turn of a loop.
-// Otherwise it keeps what follows from it, such as the addresses of many columns, in registers.
+// Otherwise it keeps what follows from it, such as the addresses of many rows of x, in registers.
 TORCH_Q4_DEVICE int64_t recomputed(int64_t value);
 
 // The value, which the caller knows to be the same in all lanes of a wave: AMD's compiler then
@@ -123,9 +123,10 @@ TORCH_Q4_DEVICE float high_of_pair<BFloat16>(uint32_t pair) {
   return bits_to_float(pair & 0xFFFF0000u);
 }
 
-// From how many columns on weights are worth rounding for dot2<T>, where they are not in T anyway.
+// From how many rows of x on weights are worth rounding for dot2<T>, where they are not in T
+// anyway.
 template <class T>
-constexpr int kFewestDot2Columns = 1;
+constexpr int kFewestDot2XRows = 1;
 
 // Whether dot2<T> is one instruction: exact products of two pairs, added up in float32.
 template <class T>
@@ -152,19 +153,20 @@ TORCH_Q4_DEVICE uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c);
 //
 // Tile<T>, in a header of its own for each kind of matrix instruction (tile_*.h).
 //
-// A wave multiplies 16 rows of W with 16 columns, rows of x, over elements of k that it takes in
-// portions: 16 elements, eight words of two, at a time of each of its lanes. Lanes with the same
-// row and different k_lane hold different portions; a lane of W and one of x that meet in a product
-// hold the same. Since every matrix instruction adds up all of its k, which of them stands where
-// inside of it does not matter, as long as W and x agree: so all take the words in their order.
+// A wave multiplies 16 rows of W with 16 rows of x, over elements of k that it takes in portions:
+// 16 elements, eight words of two, at a time of each of its lanes. Lanes with the same row and
+// different k_lane hold different portions; a lane of W and one of x that meet in a product hold
+// the same. Since every matrix instruction adds up all of its k, which of them stands where inside
+// of it does not matter, as long as W and x agree: so all take the words in their order.
 //
 //   kRowSlots      rows of W whose portions one lane holds, those at place(lane, 0 ...)
-//   kColumnSlots   columns of x that one lane holds, column(lane, 0 ...)
+//   kXRowSlots     rows of x that one lane holds, x_row(lane, 0 ...)
 //   kKLanes        lanes that hold different portions of the same row
-//   kSums          sums that a lane keeps for each column slot; sum r of slot c is that of the row
-//                  at sum_place(lane, r) and column sum_column(lane, c, r)
+//   kSums          sums that a lane keeps for each slot of x; sum r of slot c is that of the row of
+//   W
+//                  at sum_place(lane, r) and row sum_x_row(lane, c, r) of x
 //   kPartialSums   whether the sums of the k_lanes have still to be added up
-//   kMaxTiles      tiles of 16 columns for which one wave may keep its sums
+//   kMaxTiles      tiles of 16 rows of x for which one wave may keep its sums
 //   multiply       adds the products of a portion
 
 }  // namespace TORCH_Q4_NAMESPACE

@@ -163,7 +163,7 @@ TORCH_Q4_DEVICE float dot2<BFloat16>(uint32_t a, uint32_t b, float acc) {
 #endif
 #if defined(__GFX11__) || defined(__GFX12__)
 template <>
-constexpr int kFewestDot2Columns<BFloat16> = 4;
+constexpr int kFewestDot2XRows<BFloat16> = 4;
 #endif
 
 template <>

@@ -119,16 +119,16 @@ TORCH_Q4_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// wgmma.mma_async.m64nNk16: four waves multiply 64 rows of W, 16 each, with kColumns of x. PTX ISA,
+// wgmma.mma_async.m64nNk16: four waves multiply 64 rows of W, 16 each, with kXRows of x. PTX ISA,
 // "Asynchronous Warpgroup Level Matrix Multiply-Accumulate": a wave's operand W and its sums lie in
-// registers like those of mma.m16n8k16 (Tile), for every eight columns; x lies in shared memory in
-// matrices of eight columns and eight elements, 16 bytes a column, first those of elements 0 to 7.
-template <class T, int kColumns>
+// registers like those of mma.m16n8k16 (Tile), for every eight rows of x; x lies in shared memory
+// in matrices of eight rows and eight elements, 16 bytes a row, first those of elements 0 to 7.
+template <class T, int kXRows>
 struct GroupTile {
   // Around the instructions whose registers others wrote, and those that are waited for together.
   TORCH_Q4_DEVICE static void begin() { asm volatile("wgmma.fence.sync.aligned;"); }
   TORCH_Q4_DEVICE static void commit() { asm volatile("wgmma.commit_group.sync.aligned;"); }
-  TORCH_Q4_DEVICE static void wait(float (&c)[kColumns / 2]) {
+  TORCH_Q4_DEVICE static void wait(float (&c)[kXRows / 2]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;");
     touch(c);
   }
@@ -137,28 +137,28 @@ struct GroupTile {
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
   }
   // Sums of which some are still under way must not be what the compiler knows to be zero.
-  TORCH_Q4_DEVICE static void clear(float (&c)[kColumns / 2]) {
+  TORCH_Q4_DEVICE static void clear(float (&c)[kXRows / 2]) {
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) c[i] = 0;
+    for (int i = 0; i < kXRows / 2; ++i) c[i] = 0;
     touch(c);
   }
-  TORCH_Q4_DEVICE static void touch(float (&c)[kColumns / 2]) {
+  TORCH_Q4_DEVICE static void touch(float (&c)[kXRows / 2]) {
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) asm volatile("" : "+f"(c[i]));
+    for (int i = 0; i < kXRows / 2; ++i) asm volatile("" : "+f"(c[i]));
   }
   // x as described, plus a number of 16 bytes.
   TORCH_Q4_DEVICE static void multiply(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                       uint64_t x, float (&c)[kColumns / 2]);
+                                       uint64_t x, float (&c)[kXRows / 2]);
 
   // The matrix descriptor: where x begins, the distance to the next eight elements, and that to
-  // the next eight columns, in units of 16 bytes.
+  // the next eight rows of x, in units of 16 bytes.
   TORCH_Q4_DEVICE static uint64_t describe(const uint8_t* x) {
-    return (shared_address(x) >> 4 & 0x3FFF) | static_cast<uint64_t>(kColumns) << 16 |
+    return (shared_address(x) >> 4 & 0x3FFF) | static_cast<uint64_t>(kXRows) << 16 |
            uint64_t{8} << 32;
   }
 };
 
-// The sums of so many columns as operands, which come first, and the names of all operands.
+// The sums of so many rows of x as operands, which come first, and the names of all operands.
 #define TORCH_Q4_SUMS_8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define TORCH_Q4_SUMS_16(i) TORCH_Q4_SUMS_8(i), TORCH_Q4_SUMS_8(i + 4)
 #define TORCH_Q4_SUMS_32(i) TORCH_Q4_SUMS_16(i), TORCH_Q4_SUMS_16(i + 8)
@@ -189,15 +189,15 @@ struct GroupTile {
 #define TORCH_Q4_INPUT_NAMES_64 "{%32, %33, %34, %35}, %36"
 #define TORCH_Q4_INPUT_NAMES_128 "{%64, %65, %66, %67}, %68"
 #define TORCH_Q4_INPUT_NAMES_256 "{%128, %129, %130, %131}, %132"
-#define TORCH_Q4_WGMMA(T, type, columns)                                                         \
-  template <>                                                                                    \
-  TORCH_Q4_DEVICE void GroupTile<T, columns>::multiply(                                          \
-      uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t x, float (&c)[columns / 2]) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type           \
-                 " {" TORCH_Q4_SUM_NAMES_##columns "}, " TORCH_Q4_INPUT_NAMES_##columns          \
-                 ", 1, 1, 1, 0;"                                                                 \
-                 : TORCH_Q4_SUMS_##columns(0)                                                    \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));                                  \
+#define TORCH_Q4_WGMMA(T, type, x_rows)                                                         \
+  template <>                                                                                   \
+  TORCH_Q4_DEVICE void GroupTile<T, x_rows>::multiply(                                          \
+      uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t x, float (&c)[x_rows / 2]) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #x_rows "k16.f32." type "." type           \
+                 " {" TORCH_Q4_SUM_NAMES_##x_rows "}, " TORCH_Q4_INPUT_NAMES_##x_rows           \
+                 ", 1, 1, 1, 0;"                                                                \
+                 : TORCH_Q4_SUMS_##x_rows(0)                                                    \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(x));                                 \
   }
 #define TORCH_Q4_WGMMA_OF(T, type) \
   TORCH_Q4_WGMMA(T, type, 8)       \

@@ -11,14 +11,14 @@ namespace TORCH_Q4_NAMESPACE {
 // of k have two and eight of them instead of four, and the same D.
 template <class T>
 struct Tile {
-  static constexpr int kRowSlots = 1, kColumnSlots = 1, kKLanes = 4, kSums = 4, kMaxTiles = 4;
+  static constexpr int kRowSlots = 1, kXRowSlots = 1, kKLanes = 4, kSums = 4, kMaxTiles = 4;
   static constexpr bool kPartialSums = false;
 
   TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
-  TORCH_Q4_DEVICE static int column(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int x_row(int lane, int) { return lane % 16; }
   TORCH_Q4_DEVICE static int k_lane(int lane) { return lane / 16; }
   TORCH_Q4_DEVICE static int sum_place(int lane, int sum) { return lane / 16 * 4 + sum; }
-  TORCH_Q4_DEVICE static int sum_column(int lane, int, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int sum_x_row(int lane, int, int) { return lane % 16; }
 
   TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
                                        float (&sums)[4]) {

@@ -7,18 +7,18 @@ namespace TORCH_Q4_NAMESPACE {
 
 // mma.sync.m16n8k16 twice. PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type":
 // with g = lane / 4 and t = lane % 4, A's registers hold rows g, g + 8, g, g + 8, the first two for
-// k = 2 t, 2 t + 1, the others for k = 2 t + 8, 2 t + 9; B's two registers the same k of column g;
-// C's row g, columns 2 t, 2 t + 1, then the same of row g + 8.
+// k = 2 t, 2 t + 1, the others for k = 2 t + 8, 2 t + 9; B's two registers the same k of x's row g;
+// C's row g, rows 2 t, 2 t + 1 of x, then the same of row g + 8.
 template <class T>
 struct Tile {
-  static constexpr int kRowSlots = 2, kColumnSlots = 2, kKLanes = 4, kSums = 4, kMaxTiles = 4;
+  static constexpr int kRowSlots = 2, kXRowSlots = 2, kKLanes = 4, kSums = 4, kMaxTiles = 4;
   static constexpr bool kPartialSums = false;
 
   TORCH_Q4_DEVICE static int place(int lane, int slot) { return lane / 4 + 8 * slot; }
-  TORCH_Q4_DEVICE static int column(int lane, int slot) { return lane / 4 + 8 * slot; }
+  TORCH_Q4_DEVICE static int x_row(int lane, int slot) { return lane / 4 + 8 * slot; }
   TORCH_Q4_DEVICE static int k_lane(int lane) { return lane % 4; }
   TORCH_Q4_DEVICE static int sum_place(int lane, int sum) { return lane / 4 + sum / 2 * 8; }
-  TORCH_Q4_DEVICE static int sum_column(int lane, int slot, int sum) {
+  TORCH_Q4_DEVICE static int sum_x_row(int lane, int slot, int sum) {
     return 8 * slot + lane % 4 * 2 + sum % 2;
   }
 

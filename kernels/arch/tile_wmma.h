@@ -7,8 +7,8 @@ namespace TORCH_Q4_NAMESPACE {
 
 // v_wmma_f32_16x16x16 in wave32. RDNA3's ISA document ("Wave Matrix Multiply Accumulate") gives a
 // lane of A a whole row, lane % 16, with all 16 elements of k, and the upper 16 lanes repeat the
-// lower ones; B is the same with columns, and register r of D holds row 2 r + lane / 16 of column
-// lane % 16. RDNA4 repeats nothing: the upper 16 lanes hold the other half of k, so that an
+// lower ones; B is the same with rows of x, and register r of D holds row 2 r + lane / 16 of row of
+// x lane % 16. RDNA4 repeats nothing: the upper 16 lanes hold the other half of k, so that an
 // instruction takes half a portion of each lane, and register r of D is row 8 (lane / 16) + r.
 template <class T>
 struct Tile {
@@ -17,16 +17,16 @@ struct Tile {
 #else
   static constexpr int kKLanes = 1;
 #endif
-  static constexpr int kRowSlots = 1, kColumnSlots = 1, kSums = 8, kMaxTiles = 4;
+  static constexpr int kRowSlots = 1, kXRowSlots = 1, kSums = 8, kMaxTiles = 4;
   static constexpr bool kPartialSums = false;
 
   TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
-  TORCH_Q4_DEVICE static int column(int lane, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int x_row(int lane, int) { return lane % 16; }
   TORCH_Q4_DEVICE static int k_lane(int lane) { return kKLanes == 2 ? lane / 16 : 0; }
   TORCH_Q4_DEVICE static int sum_place(int lane, int sum) {
     return kKLanes == 2 ? lane / 16 * 8 + sum : 2 * sum + lane / 16;
   }
-  TORCH_Q4_DEVICE static int sum_column(int lane, int, int) { return lane % 16; }
+  TORCH_Q4_DEVICE static int sum_x_row(int lane, int, int) { return lane % 16; }
 
   TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
                                        float (&sums)[8]) {

@@ -3,7 +3,7 @@
 //
 //     x         a copy of it that arrange has put into the order of the instructions comes to
 //               shared memory in one piece a stage, without passing through registers
-//     columns   up to 256 of them, so that a weight is decoded once for all
+//     rows      of x, up to 256 at a time, so that a weight is decoded once for all
 //     pairs     two blocks with neighbouring rows of W, on two multiprocessors, fetch half of x
 //               each, for both
 //     blocks    stay, and take one pair of tiles after another: while the last sums of one are
@@ -17,9 +17,9 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-template <class Format, class T, int kColumns>
+template <class Format, class T, int kXRows>
 struct HopperManyProduct {
-  using Tile = GroupTile<T, kColumns>;
+  using Tile = GroupTile<T, kXRows>;
   using Half = StageHalf<Format, T>;
   using Block = typename Format::Block;
   static constexpr int kGroups = gpu::kHopperManyRows / kTileRows;
@@ -28,8 +28,8 @@ struct HopperManyProduct {
       kUnit / Format::kBlockElems * kTileRows * static_cast<int>(sizeof(Block));
   static constexpr int kWeightBytes =
       gpu::hopper_many_weight_bytes(Format::kBlockElems, sizeof(Block));
-  static constexpr int kXBytes = gpu::hopper_many_x_bytes(kColumns);
-  static constexpr int kChunk = 32;  // columns that are stored at a time
+  static constexpr int kXBytes = gpu::hopper_many_x_bytes(kXRows);
+  static constexpr int kChunk = 32;  // rows of x that are stored at a time
 
   const gpu::HopperManyArgs& args;
   const gpu::LinearArgs& a;
@@ -38,8 +38,8 @@ struct HopperManyProduct {
   uint8_t* const weight_stages;
   const int lane;
   // Of the tile at hand.
-  int64_t first_row, first_column;
-  int columns, split, begin, end;
+  int64_t first_row, first_x_row;
+  int x_rows, split, begin, end;
 
   TORCH_Q4_DEVICE HopperManyProduct(const gpu::HopperManyArgs& args, uint8_t* memory)
       : args(args),
@@ -75,15 +75,15 @@ struct HopperManyProduct {
     sync_pair();
   }
 
-  // Tiles are numbered by pairs of row tiles first, then by columns, then by splits of K.
+  // Tiles are numbered by pairs of row tiles first, then by rows of x, then by splits of K.
   TORCH_Q4_DEVICE void take(int pair) {
     const int pairs = static_cast<int>(gpu::hopper_many_row_pairs(a));
-    const int column_blocks = static_cast<int>((a.m + kColumns - 1) / kColumns);
+    const int x_row_blocks = static_cast<int>((a.m + kXRows - 1) / kXRows);
     const int rest = pair / pairs, tile = (pair - rest * pairs) * 2 + rank_in_pair();
-    split = rest / column_blocks;
+    split = rest / x_row_blocks;
     first_row = a.row_begin + static_cast<int64_t>(tile) * gpu::kHopperManyRows;
-    first_column = static_cast<int64_t>(rest - split * column_blocks) * kColumns;
-    columns = a.m - first_column < kColumns ? static_cast<int>(a.m - first_column) : kColumns;
+    first_x_row = static_cast<int64_t>(rest - split * x_row_blocks) * kXRows;
+    x_rows = a.m - first_x_row < kXRows ? static_cast<int>(a.m - first_x_row) : kXRows;
     const int units = static_cast<int>((a.k + kUnit - 1) / kUnit);
     begin = static_cast<int>(static_cast<int64_t>(units) * split / args.splits);
     end = static_cast<int>(static_cast<int64_t>(units) * (split + 1) / args.splits);
@@ -104,7 +104,7 @@ struct HopperManyProduct {
     const uint32_t half_at = rank_in_pair() * (kXBytes / 2);
     const int64_t stages = (a.k + gpu::kStageUnit - 1) / gpu::kStageUnit * 4;
     const uint8_t* x = static_cast<const uint8_t*>(args.arranged) + half_at +
-                       (first_column / kColumns * stages + begin * (kUnit / 64)) * kXBytes;
+                       (first_x_row / kXRows * stages + begin * (kUnit / 64)) * kXBytes;
 #pragma unroll 1
     for (int unit = begin; unit < end; ++unit) {
       wait_for(weights_empty(weights_at.slot), weights_at.parity ^ 1);
@@ -148,7 +148,7 @@ struct HopperManyProduct {
   // their stage of x, `before`, is free for both blocks' producers.
   template <int kFirst>
   TORCH_Q4_DEVICE void multiply_half(const uint8_t* weights, uint64_t x, int parts, RingPlace& x_at,
-                                     int& before, float (&sums)[kColumns / 2]) const {
+                                     int& before, float (&sums)[kXRows / 2]) const {
     const Half half = Half::template read<kFirst>(weights, parts);
     uint32_t decoded[2][2][8];
 #pragma unroll
@@ -174,7 +174,7 @@ struct HopperManyProduct {
   }
 
   TORCH_Q4_DEVICE void consume(int group, RingPlace& weights_at, RingPlace& x_at,
-                               float (&sums)[kColumns / 2]) const {
+                               float (&sums)[kXRows / 2]) const {
     const uint64_t x = Tile::describe(x_stages);
     int before = -1;
     Tile::clear(sums);
@@ -193,9 +193,9 @@ struct HopperManyProduct {
     if (before >= 0) release_x(before);
   }
 
-  // Stores the sums, or this split's part of them, kChunk columns at a time. `own` is
+  // Stores the sums, or this split's part of them, kChunk rows of x at a time. `own` is
   // kHopperManyStoreBytes of shared memory for this wave.
-  TORCH_Q4_DEVICE void store(const float (&sums)[kColumns / 2], int group, uint8_t* own) const {
+  TORCH_Q4_DEVICE void store(const float (&sums)[kXRows / 2], int group, uint8_t* own) const {
     const int64_t row = first_row + group * kTileRows;
     if (row >= a.row_end) return;
     float bias[2] = {0, 0};
@@ -206,8 +206,8 @@ struct HopperManyProduct {
       }
     }
 #pragma unroll
-    for (int first = 0; first < kColumns; first += kChunk) {
-      if (first >= columns) break;
+    for (int first = 0; first < kXRows; first += kChunk) {
+      if (first >= x_rows) break;
       float chunk[kChunk / 2];
 #pragma unroll
       for (int i = 0; i < kChunk / 2; ++i) chunk[i] = sums[first / 2 + i];
@@ -220,22 +220,23 @@ struct HopperManyProduct {
   }
 
   TORCH_Q4_DEVICE void store_partial(const float (&sums)[kChunk / 2], int64_t row,
-                                     int column) const {
+                                     int x_row) const {
     const int64_t rows = a.row_end - a.row_begin;
-    float* to = args.partial + (split * a.m + first_column + column) * rows + row - a.row_begin;
+    float* to = args.partial + (split * a.m + first_x_row + x_row) * rows + row - a.row_begin;
 #pragma unroll
     for (int i = 0; i < kChunk / 2; ++i) {
       const int further = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      if (column + further < columns) {
+      if (x_row + further < x_rows) {
         to[further * rows + line_row(lane / 4 + i / 2 % 2 * 8)] = sums[i];
       }
     }
   }
 
-  // Through shared memory, for 16 neighbouring rows of a column at a time.
+  // Through shared memory, for 16 neighbouring rows of W and one of x at a time.
   TORCH_Q4_DEVICE void store_chunk(const float (&sums)[kChunk / 2], const float (&bias)[2],
-                                   int64_t row, int column, uint8_t* own) const {
-    // The neighbouring row of a lane's is lane ^ 16's: one keeps the first column, one the second.
+                                   int64_t row, int x_row, uint8_t* own) const {
+    // The neighbouring row of a lane's is lane ^ 16's: one keeps the first row of x, one the
+    // second.
     const bool low = lane < 16;
 #pragma unroll
     for (int eight = 0; eight < kChunk / 8; ++eight) {
@@ -251,13 +252,13 @@ struct HopperManyProduct {
       *reinterpret_cast<Words2*>(own + at * 32 + lane / 4 % 4 * 8) = rows;
     }
     __syncwarp();
-    uint16_t* out = static_cast<uint16_t*>(a.out) + (first_column + column) * a.n + row;
+    uint16_t* out = static_cast<uint16_t*>(a.out) + (first_x_row + x_row) * a.n + row;
     if (a.n % 8 == 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int further = i * 16 + lane / 2;
         const Words4 words = *reinterpret_cast<const Words4*>(own + i * 512 + lane * 16);
-        if (column + further < columns) {
+        if (x_row + further < x_rows) {
           *reinterpret_cast<Words4*>(out + further * a.n + lane % 2 * 8) = words;
         }
       }
@@ -265,7 +266,7 @@ struct HopperManyProduct {
 #pragma unroll 1
       for (int i = 0; i < kChunk / 2; ++i) {
         const int further = i * 2 + lane / 16;
-        if (column + further < columns) {
+        if (x_row + further < x_rows) {
           out[further * a.n + lane % 16] = reinterpret_cast<const uint16_t*>(own)[i * 32 + lane];
         }
       }
@@ -274,17 +275,17 @@ struct HopperManyProduct {
   }
 };
 
-template <class Format, class T, int kColumns>
+template <class Format, class T, int kXRows>
 TORCH_Q4_DEVICE void hopper_many(const gpu::HopperManyArgs& args) {
   extern __shared__ Words4 hopper_rows_memory[];
-  using Product = HopperManyProduct<Format, T, kColumns>;
+  using Product = HopperManyProduct<Format, T, kXRows>;
   constexpr int kGroups = Product::kGroups;
   Product product(args, reinterpret_cast<uint8_t*>(hopper_rows_memory));
   product.init_barriers();
   let_next_begin();  // sum_splits, where K is shared out
   const int wave = wave_of_block();
   const int first = static_cast<int>(blockIdx.x) / 2, step = static_cast<int>(gridDim.x) / 2;
-  const int count = static_cast<int>(gpu::hopper_many_count(args, kColumns));
+  const int count = static_cast<int>(gpu::hopper_many_count(args, kXRows));
   RingPlace weights_at, x_at;
   if (wave >= kGroups) {
     give_registers<gpu::kHopperManyProducerRegisters>();
@@ -302,7 +303,7 @@ TORCH_Q4_DEVICE void hopper_many(const gpu::HopperManyArgs& args) {
     take_registers<gpu::kHopperManyConsumerRegisters>();
     uint8_t* own = product.weight_stages + args.weight_stages * kGroups * Product::kWeightBytes +
                    wave * gpu::kHopperManyStoreBytes;
-    float sums[kColumns / 2];
+    float sums[kXRows / 2];
 #pragma unroll 1
     for (int pair = first; pair < count; pair += step) {
       product.take(pair);
@@ -315,8 +316,8 @@ TORCH_Q4_DEVICE void hopper_many(const gpu::HopperManyArgs& args) {
 
 // x's rows to where HopperManyProduct's stages expect them: (m / C, K / 64, C * 64) elements of two
 // bytes, m rounded up to a multiple of C and K to one of 256. In each stage of 64 elements, for
-// each of the four instructions that multiply them, the first 8 elements of all C columns come
-// first, then the others. Elements past K are zero; columns past m are left as they are.
+// each of the four instructions that multiply them, the first 8 elements of all its rows of x come
+// first, then the others. Elements past K are zero; rows of x past m are left as they are.
 TORCH_Q4_DEVICE void arrange(const gpu::ArrangeArgs& a) {
   constexpr int kRows = gpu::kArrangeRows, kWords = gpu::kStageUnit / 4;
   __shared__ Words2 rows[kRows][kWords + 1];  // one more for other banks
@@ -349,11 +350,11 @@ TORCH_Q4_DEVICE void arrange(const gpu::ArrangeArgs& a) {
     odd.w[k_lane] = select_bytes<2, 3, 6, 7>(four.w[0], four.w[1]);
   }
   if (first + row >= a.m) return;
-  const int64_t block = (first + row) / a.columns, column = (first + row) % a.columns;
+  const int64_t block = (first + row) / a.x_rows, x_row = (first + row) % a.x_rows;
   const int64_t tile = (block * gridDim.x + unit) * 16 + quarter * 4 + step;
-  uint8_t* to = static_cast<uint8_t*>(a.out) + tile * (a.columns * 32) + column * 16;
+  uint8_t* to = static_cast<uint8_t*>(a.out) + tile * (a.x_rows * 32) + x_row * 16;
   *reinterpret_cast<Words4*>(to) = even;
-  *reinterpret_cast<Words4*>(to + a.columns * 16) = odd;
+  *reinterpret_cast<Words4*>(to + a.x_rows * 16) = odd;
 }
 
 }  // namespace TORCH_Q4_NAMESPACE

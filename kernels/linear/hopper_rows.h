@@ -6,7 +6,7 @@
 //     producers  four waves that bring the weights, which lie side by side in the packed layout,
 //                and x, in the order that the instruction wants, to shared memory
 //     consumers  waves that decode 16 rows' weights each, half of a stage's elements, straight into
-//                the registers that the instruction reads, and multiply them with all columns
+//                the registers that the instruction reads, and multiply them with all rows of x
 //
 // Barriers in shared memory tell consumers that a stage is full, and producers that it is empty
 // again. Two waves share each 16 rows, where there is room for both's sums, which are added up at
@@ -125,9 +125,9 @@ struct StageHalf {
   }
 };
 
-template <class Format, class T, int kColumns>
+template <class Format, class T, int kXRows>
 struct HopperRowsProduct {
-  using Tile = GroupTile<T, kColumns>;
+  using Tile = GroupTile<T, kXRows>;
   static constexpr int kUnit = gpu::kStageUnit;
   static constexpr int kKLanes = 4;
   static constexpr int kUnitBlocks = kUnit / Format::kBlockElems;
@@ -135,9 +135,9 @@ struct HopperRowsProduct {
   static constexpr int kUnitBytes = kUnitBlocks * kBlockBytes;
   static constexpr int kWeightBytes =
       gpu::hopper_rows_weight_bytes(Format::kBlockElems, sizeof(typename Format::Block));
-  static constexpr int kTilePitch = gpu::hopper_rows_tile_bytes(kColumns);
-  static constexpr int kXBytes = gpu::hopper_rows_x_bytes(kColumns);
-  static constexpr int kShare = gpu::hopper_rows_share(kColumns);
+  static constexpr int kTilePitch = gpu::hopper_rows_tile_bytes(kXRows);
+  static constexpr int kXBytes = gpu::hopper_rows_x_bytes(kXRows);
+  static constexpr int kShare = gpu::hopper_rows_share(kXRows);
   static constexpr int kConsumers = kWaveLanes * gpu::kHopperRowsMostGroups * kShare;
   static_assert(kUnit / kPartElems<Format> / kKLanes * kPartSegments<Format> == 4);
 
@@ -147,9 +147,9 @@ struct HopperRowsProduct {
   uint8_t* const stages;
   const int stage_bytes;
   const int lane;
-  int64_t first_row, first_column;  // of this block
-  int columns;                      // of this block that exist
-  int begin, end;                   // units of K
+  int64_t first_row, first_x_row;  // of this block
+  int x_rows;                      // of this block that exist
+  int begin, end;                  // units of K
 
   TORCH_Q4_DEVICE HopperRowsProduct(const gpu::HopperRowsArgs& args, uint8_t* memory)
       : args(args),
@@ -164,9 +164,9 @@ struct HopperRowsProduct {
     begin = static_cast<int>(static_cast<int64_t>(units) * split / args.splits);
     end = static_cast<int>(static_cast<int64_t>(units) * (split + 1) / args.splits);
     first_row = a.row_begin + static_cast<int64_t>(tile) * args.groups * kTileRows;
-    first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
-    const int64_t rest = a.m - first_column;
-    columns = rest < kColumns ? static_cast<int>(rest) : kColumns;
+    first_x_row = static_cast<int64_t>(blockIdx.y) * kXRows;
+    const int64_t rest = a.m - first_x_row;
+    x_rows = rest < kXRows ? static_cast<int>(rest) : kXRows;
   }
 
   TORCH_Q4_DEVICE uint32_t full(int slot) const { return barriers + 8 * slot; }
@@ -197,18 +197,18 @@ struct HopperRowsProduct {
 
   // x goes to shared memory through registers, to change its order: each instruction takes four
   // elements of every k_lane's segment, the first and third of all of them side by side, then the
-  // others. A task is one column's 16 elements of one instruction. 16 neighbouring threads have one
-  // column's tasks, so that they read whole lines, and write to all banks.
-  static constexpr int kTasks = kColumns * 16 / gpu::kHopperRowsProducers;
+  // others. A task is 16 elements of a row of x for one instruction. 16 neighbouring threads have a
+  // row's tasks, so that they read whole lines, and write to all banks.
+  static constexpr int kTasks = kXRows * 16 / gpu::kHopperRowsProducers;
   using LoadedX = Words2[kTasks][kKLanes];
 
   struct Task {
-    int column, quarter, step;
+    int x_row, quarter, step;
     TORCH_Q4_DEVICE explicit Task(int index) {
       const int thread = static_cast<int>(threadIdx.x) % gpu::kHopperRowsProducers;
       step = thread & 3;
       quarter = thread >> 2 & 3;
-      column = thread / 16 + index * (gpu::kHopperRowsProducers / 16);
+      x_row = thread / 16 + index * (gpu::kHopperRowsProducers / 16);
     }
     // The first k_lane's; the others' are further(k_lane) elements on.
     TORCH_Q4_DEVICE int element() const {
@@ -223,16 +223,16 @@ struct HopperRowsProduct {
     const int elems = elements_of(unit);
     // There is no room for all tasks' addresses to stay in registers.
     const int64_t row_bytes = recomputed(2 * a.k);
-    const uint8_t* x = row_of<T>(a.x, first_column, a.k) + static_cast<int64_t>(unit) * (2 * kUnit);
+    const uint8_t* x = row_of<T>(a.x, first_x_row, a.k) + static_cast<int64_t>(unit) * (2 * kUnit);
 #pragma unroll
     for (int index = 0; index < kTasks; ++index) {
       const Task task(index);
-      const uint8_t* from = x + task.column * row_bytes + 2 * task.element();
+      const uint8_t* from = x + task.x_row * row_bytes + 2 * task.element();
 #pragma unroll
       for (int k_lane = 0; k_lane < kKLanes; ++k_lane) {
         loaded[index][k_lane] = {{0, 0}};
         const int further = Task::further(k_lane);
-        if (task.column < columns && (kFillsUnit<Format> || task.element() + further < elems)) {
+        if (task.x_row < x_rows && (kFillsUnit<Format> || task.element() + further < elems)) {
           loaded[index][k_lane] = *reinterpret_cast<const Words2*>(from + 2 * further);
         }
       }
@@ -250,10 +250,10 @@ struct HopperRowsProduct {
         even.w[i] = select_bytes<0, 1, 4, 5>(pairs.w[0], pairs.w[1]);
         odd.w[i] = select_bytes<2, 3, 6, 7>(pairs.w[0], pairs.w[1]);
       }
-      if (task.column < columns) {
-        uint8_t* to = x + (task.quarter * 4 + task.step) * kTilePitch + task.column * 16;
+      if (task.x_row < x_rows) {
+        uint8_t* to = x + (task.quarter * 4 + task.step) * kTilePitch + task.x_row * 16;
         *reinterpret_cast<Words4*>(to) = even;
-        *reinterpret_cast<Words4*>(to + kColumns * 16) = odd;
+        *reinterpret_cast<Words4*>(to + kXRows * 16) = odd;
       }
     }
   }
@@ -307,7 +307,7 @@ struct HopperRowsProduct {
   // Half of a unit, quarters [kFirst, kFirst + 2).
   template <int kFirst>
   TORCH_Q4_DEVICE void multiply_quarters(const uint8_t* weights, uint64_t x, int parts,
-                                         float (&sums)[kColumns / 2]) const {
+                                         float (&sums)[kXRows / 2]) const {
     const auto half = StageHalf<Format, T>::template read<kFirst>(weights, parts);
     uint32_t decoded[2][2][8];
 #pragma unroll
@@ -328,13 +328,13 @@ struct HopperRowsProduct {
   // This wave's part of a unit.
   template <int kPart>
   TORCH_Q4_DEVICE void multiply_unit(const uint8_t* weights, uint64_t x, int parts,
-                                     float (&sums)[kColumns / 2]) const {
+                                     float (&sums)[kXRows / 2]) const {
     multiply_quarters<2 * kPart>(weights, x, parts, sums);
     if constexpr (kShare == 1) multiply_quarters<2>(weights, x, parts, sums);
   }
 
   template <int kPart>
-  TORCH_Q4_DEVICE void consume(int group, float (&sums)[kColumns / 2]) const {
+  TORCH_Q4_DEVICE void consume(int group, float (&sums)[kXRows / 2]) const {
     // A wave without rows takes part in the instructions of its four waves with some that are
     // there.
     const int place_of_group = group < args.groups ? group : args.groups - 1;
@@ -353,29 +353,29 @@ struct HopperRowsProduct {
   }
 
   // Adds up the waves of a group and stores the result, or this split's part of it.
-  TORCH_Q4_DEVICE void store(const float (&sums)[kColumns / 2], int group, int share) const {
+  TORCH_Q4_DEVICE void store(const float (&sums)[kXRows / 2], int group, int share) const {
     constexpr int kStride = gpu::kHopperRowsSumStride;
     auto* all = reinterpret_cast<float*>(stages);
     const auto sums_of = [&](int which) {
-      return all + (which * gpu::kHopperRowsMostGroups + group) * (kColumns * kStride);
+      return all + (which * gpu::kHopperRowsMostGroups + group) * (kXRows * kStride);
     };
     sync_first_threads<kConsumers>();  // everyone is done with the stages
     float* own = sums_of(share);
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; ++i) {
-      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      own[column * kStride + lane / 4 + i / 2 % 2 * 8] = sums[i];
+    for (int i = 0; i < kXRows / 2; ++i) {
+      const int x_row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      own[x_row * kStride + lane / 4 + i / 2 % 2 * 8] = sums[i];
     }
     sync_first_threads<kConsumers>();
     if (!has_rows(group)) return;
     const int place = lane % 16;
     const int64_t row = first_row + group * kTileRows + line_row(place);
     const int split = static_cast<int>(blockIdx.x) % args.splits;
-    for (int column = share * 2 + lane / 16; column < columns; column += 2 * kShare) {
-      const int at = column * kStride + place;
+    for (int x_row = share * 2 + lane / 16; x_row < x_rows; x_row += 2 * kShare) {
+      const int at = x_row * kStride + place;
       float sum = sums_of(0)[at];
       if constexpr (kShare == 2) sum += sums_of(1)[at];
-      const int64_t m = first_column + column;
+      const int64_t m = first_x_row + x_row;
       if (args.splits > 1) {
         const int64_t rows = a.row_end - a.row_begin;
         args.partial[(split * a.m + m) * rows + row - a.row_begin] = sum;
@@ -387,21 +387,21 @@ struct HopperRowsProduct {
   }
 };
 
-template <class Format, class T, int kColumns>
+template <class Format, class T, int kXRows>
 TORCH_Q4_DEVICE void hopper_rows(const gpu::HopperRowsArgs& a) {
   extern __shared__ Words4 hopper_rows_memory[];
-  const HopperRowsProduct<Format, T, kColumns> product(
+  const HopperRowsProduct<Format, T, kXRows> product(
       a, reinterpret_cast<uint8_t*>(hopper_rows_memory));
   product.init_barriers();
   let_next_begin();  // sum_splits, where K is shared out
   const int wave = wave_of_block();
-  constexpr int kMost = gpu::kHopperRowsMostGroups, kShare = gpu::hopper_rows_share(kColumns);
+  constexpr int kMost = gpu::kHopperRowsMostGroups, kShare = gpu::hopper_rows_share(kXRows);
   if (wave >= kMost * kShare) {
     product.produce(wave - kMost * kShare);
     return;
   }
   const int group = wave % kMost, share = wave / kMost;
-  float sums[kColumns / 2] = {};
+  float sums[kXRows / 2] = {};
   if (kShare == 1 || share == 0) {
     product.template consume<0>(group, sums);
   } else {

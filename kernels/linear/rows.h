@@ -1,6 +1,6 @@
-// linear for a few rows of x. A block of threads takes 16 rows of W and kColumns of x; thread i has
-// row line_row(i % 16) and every 16th part from i / 16 on, so that the threads of 16 rows read 256
-// bytes side by side, and a block all of a row's parts at once.
+// linear for a few rows of x. A block of threads takes 16 rows of W and kXRows rows of x; thread i
+// has row line_row(i % 16) and every 16th part from i / 16 on, so that the threads of 16 rows read
+// 256 bytes side by side, and a block all of a row's parts at once.
 #pragma once
 
 #include "../read/decode.h"
@@ -8,24 +8,25 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-// Adds up the 16 threads of each row and column, always in the same order, and stores the result.
-template <int kColumns>
-TORCH_Q4_DEVICE void store_sums(const gpu::LinearArgs& a, const float (&sums)[kColumns],
-                                int64_t first_row, int64_t first_column) {
+// Adds up the 16 threads of each row of W and of x, always in the same order, and stores the
+// result.
+template <int kXRows>
+TORCH_Q4_DEVICE void store_sums(const gpu::LinearArgs& a, const float (&sums)[kXRows],
+                                int64_t first_row, int64_t first_x_row) {
   constexpr int kSlices = gpu::kBlockThreads / kTileRows;
-  __shared__ float shared[kColumns * gpu::kBlockThreads];
+  __shared__ float shared[kXRows * gpu::kBlockThreads];
   const int thread = threadIdx.x;
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) shared[c * gpu::kBlockThreads + thread] = sums[c];
+  for (int c = 0; c < kXRows; ++c) shared[c * gpu::kBlockThreads + thread] = sums[c];
   __syncthreads();
-  if (thread >= kColumns * kTileRows) return;
-  const int column = thread / kTileRows, place = thread % kTileRows;
-  const int64_t row = first_row + line_row(place), m = first_column + column;
+  if (thread >= kXRows * kTileRows) return;
+  const int x_row = thread / kTileRows, place = thread % kTileRows;
+  const int64_t row = first_row + line_row(place), m = first_x_row + x_row;
   if (row >= a.row_end || m >= a.m) return;
   float sum = 0;
 #pragma unroll
   for (int slice = 0; slice < kSlices; ++slice) {
-    sum += shared[column * gpu::kBlockThreads + slice * kTileRows + place];
+    sum += shared[x_row * gpu::kBlockThreads + slice * kTileRows + place];
   }
   if (a.bias != nullptr) sum += load_value(a.bias, row, a.dtype);
   store_value(a.out, m * a.n + row, sum, a.dtype);
@@ -34,11 +35,11 @@ TORCH_Q4_DEVICE void store_sums(const gpu::LinearArgs& a, const float (&sums)[kC
 // A row of x past the last one reads the last: its sums are not stored.
 TORCH_Q4_DEVICE int64_t clamped_row(int64_t m, int64_t rows) { return m < rows ? m : rows - 1; }
 
-template <class Format, class T, int kColumns, class Rows>
-TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, int64_t first_column,
-                                  float (&sums)[kColumns]) {
-  constexpr bool kDot2 = kHasDot2<T> && kColumns >= kFewestDot2Columns<T>;
-  constexpr int kBatch = kDot2 ? 4 : 2;  // columns of x that are read at once
+template <class Format, class T, int kXRows, class Rows>
+TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, int64_t first_x_row,
+                                  float (&sums)[kXRows]) {
+  constexpr bool kDot2 = kHasDot2<T> && kXRows >= kFewestDot2XRows<T>;
+  constexpr int kBatch = kDot2 ? 4 : 2;  // rows of x that are read at once
   const int parts = static_cast<int>(a.k / kPartElems<Format>);
 #pragma unroll 1
   for (int index = threadIdx.x / kTileRows; index < parts;
@@ -57,9 +58,9 @@ TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, in
         uint32_t weights[8];
         scales.decode(codes.segment(i), i, weights);
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
+        for (int c = 0; c < kXRows; ++c) {
           Activations<T> x;
-          x.load(row_of<T>(a.x, clamped_row(first_column + c, a.m), a.k), at);
+          x.load(row_of<T>(a.x, clamped_row(first_x_row + c, a.m), a.k), at);
 #pragma unroll
           for (int j = 0; j < 8; ++j) sums[c] = dot2<T>(weights[j], x.w[j], sums[c]);
           if (c % kBatch == kBatch - 1) schedule_fence();
@@ -70,9 +71,9 @@ TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, in
                                               scales.start[which],
                                               [&](int j, float weight) { weights[j] = weight; });
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
+        for (int c = 0; c < kXRows; ++c) {
           Activations<T> x;
-          x.load(row_of<T>(a.x, clamped_row(first_column + c, a.m), a.k), at);
+          x.load(row_of<T>(a.x, clamped_row(first_x_row + c, a.m), a.k), at);
           // A sum of sums: an error grows with the additions that one value goes through.
           float sum = 0;
 #pragma unroll
@@ -81,7 +82,7 @@ TORCH_Q4_DEVICE void add_products(const Rows& rows, const gpu::LinearArgs& a, in
           if (c % kBatch == kBatch - 1) schedule_fence();
         }
       }
-      if (kColumns > 1 || !kDot2 || kFewRegisters) schedule_fence();
+      if (kXRows > 1 || !kDot2 || kFewRegisters) schedule_fence();
     }
   }
 }
@@ -97,23 +98,23 @@ TORCH_Q4_DEVICE void with_rows(const gpu::LinearArgs& a, int64_t first_row, cons
   }
 }
 
-template <class Format, class T, int kColumns>
+template <class Format, class T, int kXRows>
 TORCH_Q4_DEVICE void linear_rows(const gpu::LinearArgs& a) {
   const int64_t first_row = a.row_begin + static_cast<int64_t>(blockIdx.x) * kTileRows;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
-  float sums[kColumns] = {};
+  const int64_t first_x_row = static_cast<int64_t>(blockIdx.y) * kXRows;
+  float sums[kXRows] = {};
   with_rows<Format>(a, first_row, [&](const auto& rows) {
-    add_products<Format, T, kColumns>(rows, a, first_column, sums);
+    add_products<Format, T, kXRows>(rows, a, first_x_row, sums);
   });
-  store_sums<kColumns>(a, sums, first_row, first_column);
+  store_sums<kXRows>(a, sums, first_row, first_x_row);
 }
 
 // The same with int8 activations: of each group, sum over k of scale * (code - offset) + shift
 // times x_scale * x_code is x_scale * (scale * sum(code * x_code)
 //                                     + (shift - scale * offset) * sum(x_code)).
-template <class Format, int kColumns, class Rows>
+template <class Format, int kXRows, class Rows>
 TORCH_Q4_DEVICE void add_int8_products(const Rows& rows, const gpu::LinearArgs& a,
-                                       int64_t first_column, float (&sums)[kColumns]) {
+                                       int64_t first_x_row, float (&sums)[kXRows]) {
   // dot4 takes signed bytes: codes of eight bits have their offset taken off first.
   constexpr bool kWide = Format::kCodeBits == 8;
   static_assert(!kWide || Format::kOffset == 128);
@@ -136,8 +137,8 @@ TORCH_Q4_DEVICE void add_int8_products(const Rows& rows, const gpu::LinearArgs& 
       const uint32_t at = first + 16 * part_segment<Format>(part, i);
       const Bytes bytes = kWide ? codes.segment(i) ^ 0x80 : codes.segment(i);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int64_t row = clamped_row(first_column + c, a.m);
+      for (int c = 0; c < kXRows; ++c) {
+        const int64_t row = clamped_row(first_x_row + c, a.m);
         const Bytes x = load_line<16>(static_cast<const uint8_t*>(a.x) + row * a.k + at);
         int32_t product = 0;
 #pragma unroll
@@ -152,15 +153,15 @@ TORCH_Q4_DEVICE void add_int8_products(const Rows& rows, const gpu::LinearArgs& 
   }
 }
 
-template <class Format, int kColumns>
+template <class Format, int kXRows>
 TORCH_Q4_DEVICE void rows_int8(const gpu::LinearArgs& a) {
   const int64_t first_row = a.row_begin + static_cast<int64_t>(blockIdx.x) * kTileRows;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumns;
-  float sums[kColumns] = {};
+  const int64_t first_x_row = static_cast<int64_t>(blockIdx.y) * kXRows;
+  float sums[kXRows] = {};
   with_rows<Format>(a, first_row, [&](const auto& rows) {
-    add_int8_products<Format, kColumns>(rows, a, first_column, sums);
+    add_int8_products<Format, kXRows>(rows, a, first_x_row, sums);
   });
-  store_sums<kColumns>(a, sums, first_row, first_column);
+  store_sums<kXRows>(a, sums, first_row, first_x_row);
 }
 
 }  // namespace TORCH_Q4_NAMESPACE

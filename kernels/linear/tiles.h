@@ -1,6 +1,6 @@
 // linear on matrix cores: packed weights, float16 or bfloat16 activations. A block of threads takes
-// 16 rows of W and kColumns of x; its waves share out k. Each weight is decoded once for all of the
-// block's columns, straight into the registers that the matrix instruction reads, and rounded to
+// 16 rows of W and kXRows of x; its waves share out k. Each weight is decoded once for all of the
+// block's rows of x, straight into the registers that the matrix instruction reads, and rounded to
 // x's dtype once, as dequantising it to that dtype would.
 #pragma once
 
@@ -8,17 +8,17 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-// The product with kTiles times 16 columns from first_column on.
+// The product with kTiles times 16 rows of x from first_x_row on.
 template <class Format, class T, int kTiles>
 TORCH_Q4_DEVICE void multiply_tiles(const gpu::LinearArgs& a, int64_t first_row,
-                                    int64_t first_column) {
+                                    int64_t first_x_row) {
   using Tile = Tile<T>;
   constexpr int kWaves = gpu::kBlockThreads / kWaveLanes;
   const int lane = threadIdx.x % kWaveLanes, wave = same_in_wave(threadIdx.x / kWaveLanes);
   const int parts = static_cast<int>(a.k / kPartElems<Format>);
   const auto k = static_cast<uint32_t>(a.k);
 
-  float sums[kTiles][Tile::kColumnSlots][Tile::kSums] = {};
+  float sums[kTiles][Tile::kXRowSlots][Tile::kSums] = {};
   // A step takes kKLanes parts, one a lane. In the last one there may be fewer: a lane without
   // takes the last part again and multiplies it with zeros, since matrix instructions take all
   // lanes.
@@ -52,16 +52,16 @@ TORCH_Q4_DEVICE void multiply_tiles(const gpu::LinearArgs& a, int64_t first_row,
       const uint32_t at = first + 16 * part_segment<Format>(part, i);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        // A column past the last reads that, and is not stored.
-        const int64_t base = first_column + 16 * tile;
-        const int64_t rest = Tile::kColumnSlots > 2 ? recomputed(a.m) - base : a.m - base;
+        // A row of x past the last reads that, and is not stored.
+        const int64_t base = first_x_row + 16 * tile;
+        const int64_t rest = Tile::kXRowSlots > 2 ? recomputed(a.m) - base : a.m - base;
         const int last = rest > 0 ? static_cast<int>(rest < 16 ? rest : 16) - 1 : 0;
-        const uint8_t* columns = row_of<T>(a.x, clamped_row(base, a.m), a.k);
+        const uint8_t* x_rows = row_of<T>(a.x, clamped_row(base, a.m), a.k);
 #pragma unroll
-        for (int slot = 0; slot < Tile::kColumnSlots; ++slot) {
-          const int column = Tile::column(lane, slot);
+        for (int slot = 0; slot < Tile::kXRowSlots; ++slot) {
+          const int x_row = Tile::x_row(lane, slot);
           Activations<T> x;
-          x.load(columns, static_cast<uint32_t>(column < last ? column : last) * k + at);
+          x.load(x_rows, static_cast<uint32_t>(x_row < last ? x_row : last) * k + at);
           if (!is_part) {
 #pragma unroll
             for (int j = 0; j < 8; ++j) x.w[j] = 0;
@@ -86,44 +86,44 @@ TORCH_Q4_DEVICE void multiply_tiles(const gpu::LinearArgs& a, int64_t first_row,
   // A tile at a time, every wave (and k_lane, where its sums are partial) leaves its 256 sums in a
   // slice of their own, and each thread adds up one element of the result.
   constexpr int kSlices = kWaves * (Tile::kPartialSums ? Tile::kKLanes : 1);
-  constexpr int kStride = 16 + 1;  // between columns: the odd one keeps rows in different banks
+  constexpr int kStride = 16 + 1;  // between rows of x: the odd one keeps rows in different banks
   __shared__ float shared[kSlices * 16 * kStride];
   const int slice = Tile::kPartialSums ? wave * Tile::kKLanes + Tile::k_lane(lane) : wave;
-  const int place = threadIdx.x % 16, column = threadIdx.x / 16;
+  const int place = threadIdx.x % 16, x_row = threadIdx.x / 16;
   const int64_t row = first_row + line_row(place);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     if (tile > 0) __syncthreads();
 #pragma unroll
-    for (int slot = 0; slot < Tile::kColumnSlots; ++slot) {
+    for (int slot = 0; slot < Tile::kXRowSlots; ++slot) {
 #pragma unroll
       for (int i = 0; i < Tile::kSums; ++i) {
-        const int at = Tile::sum_column(lane, slot, i) * kStride + Tile::sum_place(lane, i);
+        const int at = Tile::sum_x_row(lane, slot, i) * kStride + Tile::sum_place(lane, i);
         shared[slice * 16 * kStride + at] = sums[tile][slot][i];
       }
     }
     __syncthreads();
-    const int64_t m = first_column + 16 * tile + column;
+    const int64_t m = first_x_row + 16 * tile + x_row;
     if (m < a.m) {
       float sum = 0;
 #pragma unroll
-      for (int i = 0; i < kSlices; ++i) sum += shared[(i * 16 + column) * kStride + place];
+      for (int i = 0; i < kSlices; ++i) sum += shared[(i * 16 + x_row) * kStride + place];
       if (a.bias != nullptr) sum += load_value(a.bias, row, a.dtype);
       store_value(a.out, m * a.n + row, sum, a.dtype);
     }
   }
 }
 
-template <class Format, class T, int kColumns>
+template <class Format, class T, int kXRows>
 TORCH_Q4_DEVICE void linear_tiles(const gpu::LinearArgs& a) {
-  constexpr int kTiles = kColumns / 16 < Tile<T>::kMaxTiles ? kColumns / 16 : Tile<T>::kMaxTiles;
+  constexpr int kTiles = kXRows / 16 < Tile<T>::kMaxTiles ? kXRows / 16 : Tile<T>::kMaxTiles;
   const int64_t first_row = a.row_begin + static_cast<int64_t>(blockIdx.x) * kTileRows;
 #pragma unroll 1
-  for (int pass = 0; pass < kColumns / 16; pass += kTiles) {
-    const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumns + 16 * pass;
-    if (first_column >= a.m) return;
+  for (int pass = 0; pass < kXRows / 16; pass += kTiles) {
+    const int64_t first_x_row = static_cast<int64_t>(blockIdx.y) * kXRows + 16 * pass;
+    if (first_x_row >= a.m) return;
     if (pass > 0) __syncthreads();
-    multiply_tiles<Format, T, kTiles>(a, first_row, first_column);
+    multiply_tiles<Format, T, kTiles>(a, first_row, first_x_row);
   }
 }
 

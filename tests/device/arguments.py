@@ -57,18 +57,18 @@ STRUCTS = _read_structures(_CODE)
 
 BLOCK_THREADS = CONSTANTS["kBlockThreads"]
 GROUP_ROWS = CONSTANTS["kGroupRows"]
-ROWS_COLUMNS = CONSTANTS["kRowsColumns"]
-TILES_COLUMNS = CONSTANTS["kTilesColumns"]
+ROWS_X_ROWS = CONSTANTS["kRowsXRows"]
+TILES_X_ROWS = CONSTANTS["kTilesXRows"]
 TRANSPOSED_ROWS = CONSTANTS["kTransposedRows"]
-PANEL_COLUMNS = CONSTANTS["kPanelColumns"]
-HOPPER_ROWS_COLUMNS = CONSTANTS["kHopperRowsColumns"]
+PANEL_ELEMS = CONSTANTS["kPanelElems"]
+HOPPER_ROWS_X_ROWS = CONSTANTS["kHopperRowsXRows"]
 STAGE_UNIT = CONSTANTS["kStageUnit"]
 HOPPER_ROWS_MOST_GROUPS = CONSTANTS["kHopperRowsMostGroups"]
 HOPPER_ROWS_PRODUCERS = CONSTANTS["kHopperRowsProducers"]
 HOPPER_ROWS_MOST_STAGES = CONSTANTS["kHopperRowsMostStages"]
 HOPPER_ROWS_BARRIER_BYTES = CONSTANTS["kHopperRowsBarrierBytes"]
 HOPPER_ROWS_SUM_STRIDE = CONSTANTS["kHopperRowsSumStride"]
-HOPPER_MANY_COLUMNS = CONSTANTS["kHopperManyColumns"]
+HOPPER_MANY_X_ROWS = CONSTANTS["kHopperManyXRows"]
 HOPPER_MANY_ROWS = CONSTANTS["kHopperManyRows"]
 HOPPER_MANY_MOST_STAGES = CONSTANTS["kHopperManyMostStages"]
 HOPPER_MANY_THREADS = CONSTANTS["kHopperManyThreads"]
@@ -102,7 +102,7 @@ def dequantize_grid(a: Any, block_elems: int) -> Grid:
     rows = a.row_end - a.row_begin
     groups = rows // GROUP_ROWS if a.packed else 0
     others = (rows - groups * GROUP_ROWS) * (a.k // part_elems(block_elems))
-    return groups * ceil_div(a.k, PANEL_COLUMNS) + ceil_div(others, BLOCK_THREADS), 1
+    return groups * ceil_div(a.k, PANEL_ELEMS) + ceil_div(others, BLOCK_THREADS), 1
 
 
 def embedding_grid(a: Any, block_elems: int) -> Grid:

@@ -66,18 +66,18 @@ def _format_cases(fmt: Format) -> Iterator[Case]:
         yield case("quantize", _quantize)
     for dtype in FLOATS:
         yield case(f"reference_{dtype.name}", _linear, dtype, 0)
-    for columns in args.ROWS_COLUMNS:
+    for columns in args.ROWS_X_ROWS:
         for dtype in FLOATS:
             yield case(f"rows_{dtype.name}_{columns}", _linear, dtype, columns)
         yield case(f"rows_int8_{columns}", _linear_int8, columns)
-    for columns in args.TILES_COLUMNS:
+    for columns in args.TILES_X_ROWS:
         for dtype in FLOATS[1:]:
             yield case(f"tiles_{dtype.name}_{columns}", _tiles, dtype, columns)
-    for columns in args.HOPPER_ROWS_COLUMNS:
+    for columns in args.HOPPER_ROWS_X_ROWS:
         for dtype in FLOATS[1:]:
             one = case(f"hopper_rows_{dtype.name}_{columns}", _hopper_rows, dtype, columns)
             yield dataclasses.replace(one, optional=True)
-    for columns in args.HOPPER_MANY_COLUMNS:
+    for columns in args.HOPPER_MANY_X_ROWS:
         for dtype in FLOATS[1:]:
             one = case(f"hopper_many_{dtype.name}_{columns}", _hopper_many, dtype, columns)
             yield dataclasses.replace(one, optional=True)
@@ -810,7 +810,7 @@ def _arranged(x: np.ndarray, columns: int, block_elems: int) -> np.ndarray:
 
 
 def _arrange(session: Session, function: int, rng: np.random.Generator, size: int) -> None:
-    for columns in args.HOPPER_MANY_COLUMNS:
+    for columns in args.HOPPER_MANY_X_ROWS:
         for block_elems in (32, 64, 128, 256):
             for m, k in (
                 (1, 32),

@@ -106,7 +106,7 @@ def fill(filled: Any, numbers: dict[str, int], prefix: str = "") -> dict[str, in
 
 def test_hopper_rows_sizes(tmp_path: Path) -> None:
     statements, wanted = [], []
-    for columns in args.HOPPER_ROWS_COLUMNS:
+    for columns in args.HOPPER_ROWS_X_ROWS:
         statements.append(f"print(hopper_rows_threads({columns}));")
         wanted.append(args.hopper_rows_threads(columns))
         for fmt in all_formats().values():
@@ -130,7 +130,7 @@ def test_hopper_many_sizes(tmp_path: Path) -> None:
         statements.append(f"print(hopper_many_unit({fmt.block_elems}));")
         statements.append(f"print(hopper_many_weight_bytes({sizes[0]}, {sizes[1]}));")
         wanted += [args.hopper_many_unit(fmt.block_elems), args.hopper_many_weight_bytes(*sizes)]
-        for columns in args.HOPPER_MANY_COLUMNS:
+        for columns in args.HOPPER_MANY_X_ROWS:
             for x_stages, weight_stages in ((2, 2), (5, 3), (3, 8)):
                 statements.append(
                     f"{{ HopperManyArgs a{{}}; a.x_stages = {x_stages}; "
@@ -146,7 +146,7 @@ def test_hopper_many_counts(tmp_path: Path) -> None:
     statements, wanted = [], []
     # Rows that end in the first or the second block of a pair, or that fill both.
     ends = ({"m": 256, "row_begin": 16, "row_end": end} for end in (32, 144, 160, 272, 288))
-    for columns in args.HOPPER_MANY_COLUMNS:
+    for columns in args.HOPPER_MANY_X_ROWS:
         statements.append(f"print(hopper_many_x_bytes({columns}));")
         wanted.append(args.hopper_many_x_bytes(columns))
         for m, k in ((1, 32), (128, 256), (129, 1312), (1 << 20, 1 << 16)):
@@ -157,13 +157,13 @@ def test_hopper_many_counts(tmp_path: Path) -> None:
         values = fill(filled, numbers)
         assign = "".join(f"a.{key} = {value}LL; " for key, value in values.items())
         counts = "".join(
-            f"print(hopper_many_count(a, {columns})); " for columns in args.HOPPER_MANY_COLUMNS
+            f"print(hopper_many_count(a, {columns})); " for columns in args.HOPPER_MANY_X_ROWS
         )
         statements.append(
             f"{{ HopperManyArgs a{{}}; {assign}print(hopper_many_row_pairs(a.linear)); {counts}}}"
         )
         wanted.append(args.hopper_many_row_pairs(filled.linear))
-        wanted += [args.hopper_many_count(filled, columns) for columns in args.HOPPER_MANY_COLUMNS]
+        wanted += [args.hopper_many_count(filled, columns) for columns in args.HOPPER_MANY_X_ROWS]
     assert run_cpp(statements, tmp_path) == wanted
 
 

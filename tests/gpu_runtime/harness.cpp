@@ -37,10 +37,10 @@ constexpr HopperRowsPlan kSplit = hopper_rows_plan(1, 4096, 4096, 32, kQ4Bytes, 
 static_assert(kSplit.groups == 8 && kSplit.splits == 4);
 
 constexpr HopperManyPlan kPrompt = hopper_many_plan(512, 14336, 4096, 32, kQ4Bytes, 132, 232448);
-static_assert(kHopperManyColumns[kPrompt.width] == 256 && kPrompt.splits == 1);
+static_assert(kHopperManyXRows[kPrompt.width] == 256 && kPrompt.splits == 1);
 constexpr HopperManyPlan kSmallPrompt =
     hopper_many_plan(512, 4096, 4096, 32, kQ4Bytes, 132, 232448);
-static_assert(kHopperManyColumns[kSmallPrompt.width] == 128 && kSmallPrompt.splits == 1);
+static_assert(kHopperManyXRows[kSmallPrompt.width] == 128 && kSmallPrompt.splits == 1);
 
 void* const kStream = reinterpret_cast<void*>(0x1234);
 
@@ -58,10 +58,10 @@ int rows_number(int dtype, int width) { return rows_kernel(DType(dtype), width);
 int tiles_number(int dtype, int width) { return tiles_kernel(DType(dtype), width); }
 int hopper_rows_number(int dtype, int width) { return hopper_rows_kernel(DType(dtype), width); }
 
-// A kernel of the first format that takes LinearArgs by rows, `columns` to a block.
-const char* launch_linear(int kernel, int device, int columns, const LinearArgs* args) {
+// A kernel of the first format that takes LinearArgs by rows, `rows of x` to a block.
+const char* launch_linear(int kernel, int device, int x_rows, const LinearArgs* args) {
   return text_of([&] {
-    launch("linear", CodeObject(0), Kernel(kernel), device, kStream, rows_grid(*args, columns),
+    launch("linear", CodeObject(0), Kernel(kernel), device, kStream, rows_grid(*args, x_rows),
            *args);
     return "";
   });
@@ -70,11 +70,11 @@ const char* launch_linear(int kernel, int device, int columns, const LinearArgs*
 // hopper_rows_T_C of the first format, Q4_0.
 const char* launch_hopper_rows(int width, int device, const HopperRowsArgs* args) {
   return text_of([&] {
-    const int columns = kHopperRowsColumns[width];
-    const int bytes = hopper_rows_shared_bytes(*args, columns, 32, kQ4Bytes);
+    const int x_rows = kHopperRowsXRows[width];
+    const int bytes = hopper_rows_shared_bytes(*args, x_rows, 32, kQ4Bytes);
     launch("linear", CodeObject(0), hopper_rows_kernel(args->linear.dtype, width), device, kStream,
-           hopper_rows_grid(*args, columns), *args,
-           {static_cast<unsigned>(hopper_rows_threads(columns)), static_cast<unsigned>(bytes)});
+           hopper_rows_grid(*args, x_rows), *args,
+           {static_cast<unsigned>(hopper_rows_threads(x_rows)), static_cast<unsigned>(bytes)});
     return "";
   });
 }
@@ -82,53 +82,53 @@ const char* launch_hopper_rows(int width, int device, const HopperRowsArgs* args
 // hopper_many_T_C of the first format, which waits for the kernel before it by itself.
 const char* launch_hopper_many(int width, int device, const HopperManyArgs* args) {
   return text_of([&] {
-    const int columns = kHopperManyColumns[width];
-    const int bytes = hopper_many_shared_bytes(*args, columns, 32, kQ4Bytes);
+    const int x_rows = kHopperManyXRows[width];
+    const int bytes = hopper_many_shared_bytes(*args, x_rows, 32, kQ4Bytes);
     launch("linear", CodeObject(0), hopper_many_kernel(args->linear.dtype, width), device, kStream,
-           hopper_many_grid(*args, columns, 132), *args,
+           hopper_many_grid(*args, x_rows, 132), *args,
            {kHopperManyThreads, static_cast<unsigned>(bytes), /*overlaps=*/true});
     return "";
   });
 }
 
-int threads_of_hopper_rows(int width) { return hopper_rows_threads(kHopperRowsColumns[width]); }
+int threads_of_hopper_rows(int width) { return hopper_rows_threads(kHopperRowsXRows[width]); }
 int bytes_of_hopper_rows(int width, const HopperRowsArgs* args) {
-  return hopper_rows_shared_bytes(*args, kHopperRowsColumns[width], 32, kQ4Bytes);
+  return hopper_rows_shared_bytes(*args, kHopperRowsXRows[width], 32, kQ4Bytes);
 }
 
-// To `plan`: columns, groups, stages, splits, bytes of shared memory, and the grid's sides.
+// To `plan`: rows of x, groups, stages, splits, bytes of shared memory, and the grid's sides.
 void plan_of_hopper_rows(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
                          int multiprocessors, int shared_bytes, int64_t* plan) {
   const HopperRowsPlan found =
       hopper_rows_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
-  const int columns = kHopperRowsColumns[found.width];
+  const int x_rows = kHopperRowsXRows[found.width];
   HopperRowsArgs args = {};
   args.linear.m = m;
   args.linear.row_end = n / 16 * 16;
   args.groups = found.groups;
   args.stages = found.stages;
   args.splits = found.splits;
-  const Grid grid = hopper_rows_grid(args, columns);
-  const int bytes = hopper_rows_shared_bytes(args, columns, block_elems, block_bytes);
-  const int64_t all[] = {columns, found.groups, found.stages, found.splits, bytes, grid.x, grid.y};
+  const Grid grid = hopper_rows_grid(args, x_rows);
+  const int bytes = hopper_rows_shared_bytes(args, x_rows, block_elems, block_bytes);
+  const int64_t all[] = {x_rows, found.groups, found.stages, found.splits, bytes, grid.x, grid.y};
   for (int i = 0; i < 7; ++i) plan[i] = all[i];
 }
 
-// To `plan`: columns, stages of x, stages of the weights, splits, bytes of shared memory, blocks.
+// To `plan`: rows of x, stages of x, stages of the weights, splits, bytes of shared memory, blocks.
 void plan_of_hopper_many(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes,
                          int multiprocessors, int shared_bytes, int64_t* plan) {
   const HopperManyPlan found =
       hopper_many_plan(m, n, k, block_elems, block_bytes, multiprocessors, shared_bytes);
-  const int columns = kHopperManyColumns[found.width];
+  const int x_rows = kHopperManyXRows[found.width];
   HopperManyArgs args = {};
   args.linear.m = m;
   args.linear.row_end = n / 16 * 16;
   args.x_stages = found.x_stages;
   args.weight_stages = found.weight_stages;
   args.splits = found.splits;
-  const Grid grid = hopper_many_grid(args, columns, multiprocessors);
-  const int bytes = hopper_many_shared_bytes(args, columns, block_elems, block_bytes);
-  const int64_t all[] = {columns, found.x_stages, found.weight_stages, found.splits, bytes, grid.x};
+  const Grid grid = hopper_many_grid(args, x_rows, multiprocessors);
+  const int bytes = hopper_many_shared_bytes(args, x_rows, block_elems, block_bytes);
+  const int64_t all[] = {x_rows, found.x_stages, found.weight_stages, found.splits, bytes, grid.x};
   for (int i = 0; i < 6; ++i) plan[i] = all[i];
 }
 int hopper_many_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems, int block_bytes) {
@@ -136,7 +136,7 @@ int hopper_many_is_quicker(int64_t m, int64_t n, int64_t k, int block_elems, int
       {kFloat16, false, true, m, n, k, Family::kHopper, block_elems, block_bytes, 132});
 }
 int bytes_of_hopper_many(int width, const HopperManyArgs* args) {
-  return hopper_many_shared_bytes(*args, kHopperManyColumns[width], 32, kQ4Bytes);
+  return hopper_many_shared_bytes(*args, kHopperManyXRows[width], 32, kQ4Bytes);
 }
 
 const char* find_in(int object, int kernel, int device) {
