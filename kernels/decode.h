@@ -152,7 +152,7 @@ constexpr int kLineCount = line_count<Format>();
 
 // How one row's chunks of four, two and one byte are read, by their number: what the readers below
 // have in common. Row says where a chunk of its own lies, and to how many bytes it is aligned.
-template <class Row>
+template <class Format, class Row>
 struct SmallChunks {
   template <int kIndex>
   TORCH_Q4_DEVICE uint32_t word() const {
@@ -175,6 +175,8 @@ struct SmallChunks {
  private:
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* chunk() const {
+    // Such a chunk has its rows in another order, which fifth_bits knows.
+    static_assert(!Format::kChunks[kIndex].with_lines);
     return static_cast<const Row*>(this)->template small_chunk<kIndex>();
   }
 };
@@ -182,7 +184,7 @@ struct SmallChunks {
 // One row's block in the packed layout (packed.h). What is the same for a whole block of threads
 // stays a pointer by itself: AMD's loads add an offset of 32 bits to that without an instruction.
 template <class Format>
-struct PackedRow : SmallChunks<PackedRow<Format>> {
+struct PackedRow : SmallChunks<Format, PackedRow<Format>> {
   const uint8_t* group;  // the first block of its 16 rows
   uint32_t start;        // of its own block from there
   int row;               // among the 16
@@ -210,7 +212,7 @@ struct PackedRow : SmallChunks<PackedRow<Format>> {
 
 // One row's block in GGML's own layout, which is aligned to no more than its size is.
 template <class Format>
-struct CanonicalRow : SmallChunks<CanonicalRow<Format>> {
+struct CanonicalRow : SmallChunks<Format, CanonicalRow<Format>> {
   const uint8_t* block;
 
   TORCH_Q4_DEVICE explicit CanonicalRow(const uint8_t* block) : block(block) {}

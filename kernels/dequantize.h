@@ -187,7 +187,7 @@ TORCH_Q4_DEVICE constexpr int gapped(int offset) { return offset + offset / 256 
 
 // The same of a packed block, which begins `start` bytes after the first.
 template <class Format, int kWords>
-struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
+struct PackedPiece : SmallChunks<Format, PackedPiece<Format, kWords>> {
   const uint8_t* blocks;
   int start, row, first;
 

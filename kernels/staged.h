@@ -21,7 +21,7 @@ namespace TORCH_Q4_NAMESPACE {
 // One row's block as it lies in shared memory: packed, but for gaps that keep lines which several
 // lanes read at once in different banks.
 template <class Format>
-struct StagedRow : SmallChunks<StagedRow<Format>> {
+struct StagedRow : SmallChunks<Format, StagedRow<Format>> {
   const uint8_t* block;
   int row;
 
