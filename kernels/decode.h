@@ -110,6 +110,30 @@ TORCH_Q4_DEVICE Bytes look_up(const Fields& fields, const Codebook& table) {
   return look_up(fields.codes(), table);
 }
 
+// 16 codes of two bits, from word `quarter` of the four: those of each byte follow each other, the
+// lowest first.
+TORCH_Q4_DEVICE Bytes spread(const Bytes& a, int quarter) {
+  const uint32_t low = quarter % 2 == 0 ? a.w[0] : a.w[1];
+  const uint32_t high = quarter % 2 == 0 ? a.w[2] : a.w[3];
+  const uint32_t word = quarter < 2 ? low : high;
+  return map_words([&](int i) { return spread_byte(word >> 8 * i & 0xFFu); });
+}
+TORCH_Q4_DEVICE Bytes spread(const Fields& a, int quarter) { return spread(a.codes(), quarter); }
+
+// Digit `digit` in base 3 of each byte (base_3_word), and of a word's four bytes the first digits,
+// then the second, third and fourth ones.
+TORCH_Q4_DEVICE Bytes base_3(const Bytes& a, int digit) {
+  return map_words([&](int i) { return base_3_word(a.w[i], power_of_3(digit)); });
+}
+TORCH_Q4_DEVICE Bytes base_3(const Fields& a, int digit) { return base_3(a.codes(), digit); }
+TORCH_Q4_DEVICE Bytes expand_digits(uint32_t word) {
+  return map_words([&](int i) { return base_3_word(word, power_of_3(i)); });
+}
+
+TORCH_Q4_DEVICE Bytes choose(bool first, const Bytes& a, const Bytes& b) {
+  return map_words([&](int i) { return first ? a.w[i] : b.w[i]; });
+}
+
 // 16 bytes with 16 where one of 16 bits is set.
 TORCH_Q4_DEVICE Bytes expand_bits(uint32_t bits) {
   return map_words([&](int i) { return expand_4_bits(bits >> 4 * i & 0xFu); });
@@ -175,7 +199,7 @@ struct SmallChunks {
  private:
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* chunk() const {
-    // Such a chunk has its rows in another order, which fifth_bits knows.
+    // Such a chunk has its rows in another order, which fifth_bits and digits know.
     static_assert(!Format::kChunks[kIndex].with_lines);
     return static_cast<const Row*>(this)->template small_chunk<kIndex>();
   }
@@ -203,6 +227,10 @@ struct PackedRow : SmallChunks<Format, PackedRow<Format>> {
   TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
     const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
     return expand_bits(*reinterpret_cast<const uint16_t*>(chunk(offset, 2, line_row(row))));
+  }
+  TORCH_Q4_DEVICE Bytes digits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 64 * (index - kLineCount<Format>);
+    return expand_digits(*reinterpret_cast<const uint32_t*>(chunk(offset, 4, line_row(row))));
   }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
@@ -247,9 +275,12 @@ struct CanonicalRow : SmallChunks<Format, CanonicalRow<Format>> {
     static_assert(kLinesFollow);
     return kFirst + 16 * index + (index >= kRestart ? kJump : 0);
   }
-  TORCH_Q4_DEVICE static int bits_offset(int index) {
-    constexpr int kBits = Format::kChunks[kLines < kChunkCount<Format> ? kLines : 0].offset;
-    return kBits + 2 * (index - kLines);
+  // Of those that go with lines, the first.
+  static constexpr int kBits = Format::kChunks[kLines < kChunkCount<Format> ? kLines : 0].offset;
+
+  TORCH_Q4_DEVICE static int bits_offset(int index) { return kBits + 2 * (index - kLines); }
+  TORCH_Q4_DEVICE static uint32_t digits_word(const uint8_t* block, int index) {
+    return load_word<kAlignment<kBytes | kBits | 4>>(block + kBits + 4 * (index - kLines));
   }
   TORCH_Q4_DEVICE Bytes line(int index) const {
     return load_line<kAlign>(block + line_offset(index));
@@ -257,6 +288,7 @@ struct CanonicalRow : SmallChunks<Format, CanonicalRow<Format>> {
   TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
     return expand_bits(*reinterpret_cast<const uint16_t*>(block + bits_offset(index)));
   }
+  TORCH_Q4_DEVICE Bytes digits(int index) const { return expand_digits(digits_word(block, index)); }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return block + Format::kChunks[kIndex].offset;

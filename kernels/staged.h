@@ -40,6 +40,11 @@ struct StagedRow : SmallChunks<Format, StagedRow<Format>> {
     const uint8_t* from = block + place(offset) + 2 * line_row(row);
     return expand_bits(*reinterpret_cast<const uint16_t*>(from));
   }
+  TORCH_Q4_DEVICE Bytes digits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 64 * (index - kLineCount<Format>);
+    const uint8_t* from = block + place(offset) + 4 * line_row(row);
+    return expand_digits(*reinterpret_cast<const uint32_t*>(from));
+  }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     constexpr int kOffset = place(chunk_start<Format>(kIndex));
