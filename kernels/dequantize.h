@@ -109,6 +109,9 @@ struct Line {
   TORCH_Q4_DEVICE friend Piece look_up(const Line& a, const Codebook& table) {
     return look_up(static_cast<Piece>(a), table);
   }
+  TORCH_Q4_DEVICE friend Piece base_3(const Line& a, int digit) {
+    return base_3(static_cast<Piece>(a), digit);
+  }
 
   TORCH_Q4_DEVICE uint32_t field(uint32_t word) const { return word >> shift & in_each_byte(mask); }
   // Of a segment, elements 2 i in `low`, 2 i + 1 in `high`.
@@ -125,6 +128,10 @@ struct Line {
       return i == 0 ? select_bytes<0, 4, 1, 5>(a, b) : select_bytes<2, 6, 3, 7>(a, b);
     });
   }
+  TORCH_Q4_DEVICE friend Piece spread(const Line& a, int quarter) {
+    const uint8_t* from = a.chunk + 4 * quarter + a.first / 4;
+    return Piece::map([&](int i) { return spread_byte(a.field(from[i])); });
+  }
   // Its first eight elements in `low`, the others in `high`.
   TORCH_Q4_DEVICE friend Piece join(const Line& low, const Line& high, int half) {
     const Line& which = low.first < 8 ? low : high;
@@ -132,11 +139,17 @@ struct Line {
   }
 };
 
-// The fifth bits of a piece's elements, of which those of `bits` belong to 16 from element 0 on.
+// The fifth bits of a piece's elements, of which those of `bits` belong to 16 from element 0 on, or
+// their digits, as expand_digits has them.
 template <int kWords>
 TORCH_Q4_DEVICE ByteVector<kWords> expand_piece(uint32_t bits, int first) {
   return ByteVector<kWords>::map(
       [&](int i) { return expand_4_bits(bits >> (first + 4 * i) & 0xFu); });
+}
+template <int kWords>
+TORCH_Q4_DEVICE ByteVector<kWords> expand_digits(uint32_t word, int first) {
+  return ByteVector<kWords>::map(
+      [&](int i) { return base_3_word(word, power_of_3(first / 4 + i)); });
 }
 
 // A piece of every segment of one row's block in GGML's layout, in shared memory.
@@ -153,6 +166,9 @@ struct CanonicalPiece {
     const uint8_t* bits = block + Row::bits_offset(index);
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
   }
+  TORCH_Q4_DEVICE ByteVector<kWords> digits(int index) const {
+    return expand_digits<kWords>(Row::digits_word(block, index), first);
+  }
 };
 
 // Where byte `offset` of packed blocks lies in shared memory: a gap after every 256 bytes puts the
@@ -161,7 +177,7 @@ TORCH_Q4_DEVICE constexpr int gapped(int offset) { return offset + offset / 256 
 
 // The same of a packed block, which begins `start` bytes after the first.
 template <class Format, int kWords>
-struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
+struct PackedPiece : SmallChunks<Format, PackedPiece<Format, kWords>> {
   const uint8_t* blocks;
   int start, row, first;
 
@@ -180,6 +196,11 @@ struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
     const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
     const uint8_t* bits = blocks + gapped(start + offset + 2 * line_row(row));
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
+  }
+  TORCH_Q4_DEVICE ByteVector<kWords> digits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 64 * (index - kLineCount<Format>);
+    const uint8_t* word = blocks + gapped(start + offset + 4 * line_row(row));
+    return expand_digits<kWords>(*reinterpret_cast<const uint32_t*>(word), first);
   }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,15 @@ def _alike() -> Iterator[None]:
 def golden() -> dict[str, np.ndarray]:
     with np.load(GOLDEN) as data:
         return {name.lower(): data[name] for name in data.files}
+
+
+def gguf_kind(fmt: Format) -> Any:
+    """The gguf package's number of a format; skips the test where that package is older."""
+    gguf = pytest.importorskip("gguf")
+    try:
+        return gguf.GGMLQuantizationType(fmt.type_id)
+    except ValueError:
+        pytest.skip(f"gguf is older than {fmt.name}")
 
 
 def random_blocks(fmt: Format, rows: int, columns: int) -> Tensor:

@@ -529,7 +529,7 @@ def test_help_lists_the_commands(capsys) -> None:
         (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["info"], "the following arguments are required: FILE"),
         (["quantize", "a", "b.gguf"], "the following arguments are required: --type"),
-        (["quantize", "a", "b.gguf", "--type", "q9"], "type must be one of tq2_0, .*, got 'q9'"),
+        (["quantize", "a", "b.gguf", "--type", "q9"], "type must be one of tq1_0, .*, got 'q9'"),
         (
             ["quantize", "a", "b.gguf", "--type", "q4_0", "--tensor-type", "x"],
             "must be PATTERN=FORMAT, got 'x'",

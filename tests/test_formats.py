@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_FORMATS, golden, same_bits
+from conftest import ALL_FORMATS, gguf_kind, golden, same_bits
 
 import torch_q4
 from torch_q4 import formats
@@ -31,14 +31,17 @@ def test_the_foundation_formats_are_there() -> None:
 
 
 def test_table_matches_gguf_package(ggml_fmt) -> None:
-    kind = gguf.GGMLQuantizationType(ggml_fmt.type_id)
+    kind = gguf_kind(ggml_fmt)
     assert kind.name.lower() == ggml_fmt.name
     assert gguf.GGML_QUANT_SIZES[kind] == (ggml_fmt.block_elems, ggml_fmt.block_bytes)
 
 
 def test_get_accepts_names_numbers_and_gguf_types(ggml_fmt) -> None:
-    kind = gguf.GGMLQuantizationType(ggml_fmt.type_id)
-    for spelling in (ggml_fmt.name, ggml_fmt.name.upper(), kind.name, kind, int(kind), ggml_fmt):
+    number = ggml_fmt.type_id
+    for spelling in (ggml_fmt.name, ggml_fmt.name.upper(), number, ggml_fmt):
+        assert formats.get(spelling) is ggml_fmt
+    kind = gguf_kind(ggml_fmt)
+    for spelling in (kind.name, kind):
         assert formats.get(spelling) is ggml_fmt
 
 

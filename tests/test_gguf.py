@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import dense64, random_blocks
+from conftest import dense64, gguf_kind, random_blocks
 
 from torch_q4 import formats
 from torch_q4.gguf import GGUFArray, GGUFError, load_gguf
@@ -227,7 +227,7 @@ def test_bfloat16_as_written_by_gguf(tmp_path: Path) -> None:
 
 
 def test_every_format_as_written_by_gguf(tmp_path: Path, ggml_fmt: formats.Format) -> None:
-    kind = gguf.GGMLQuantizationType(ggml_fmt.type_id)
+    kind = gguf_kind(ggml_fmt)
     columns = 2 * ggml_fmt.block_elems
     raw = random_blocks(ggml_fmt, 6, columns).numpy().reshape(2, 3, -1)
     path = write_with_gguf(tmp_path, {"a": (raw, kind), "b": (raw[::-1].copy(), kind)})

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import gguf_kind
 
 import torch_q4
 from torch_q4 import GGUFMetadata, formats, save_gguf
@@ -112,17 +113,19 @@ def test_as_gguf_reads_it(tmp_path: Path, ggml_fmt: formats.Format) -> None:
     plain = torch.randn(2, 3, 4)
     tensors = {"w": (blocks, ggml_fmt.name), "p": plain, "b": torch.ones(5, dtype=torch.bfloat16)}
     save_gguf(tmp_path / "a.gguf", tensors, {"general.architecture": "x", "n": 3, "e": []})
+    file = torch_q4.load_gguf(tmp_path / "a.gguf")
+    assert file.tensors["w"].format is ggml_fmt
+    assert torch.equal(file.tensors["w"].blocks, blocks)
+    assert file.tensors["b"].dtype == torch.bfloat16
+    assert file.metadata == {"general.architecture": "x", "n": 3, "e": []}
+    kind = gguf_kind(ggml_fmt)
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     assert [tensor.name for tensor in reader.tensors] == ["w", "p", "b"]
     w, p, _ = reader.tensors
-    assert w.tensor_type.name == ggml_fmt.name.upper()
+    assert w.tensor_type is kind
     assert list(w.shape) == [512, 3]
     assert np.array_equal(w.data, blocks.numpy())
     assert np.array_equal(p.data, plain.numpy())
-    file = torch_q4.load_gguf(tmp_path / "a.gguf")
-    assert file.tensors["w"].format is ggml_fmt
-    assert file.tensors["b"].dtype == torch.bfloat16
-    assert file.metadata == {"general.architecture": "x", "n": 3, "e": []}
 
 
 def test_non_contiguous_and_scalar_tensors(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_layers(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", [recipe.name for recipe in recipes.all()])
 def test_output_embedding_and_norms(recipe: str) -> None:
     base = recipes.get(recipe).base.name
-    base = {"mxfp4": "q8_0", "tq2_0": "q4_k"}.get(base, base)
+    base = {"mxfp4": "q8_0", "tq1_0": "q4_k", "tq2_0": "q4_k", "q2_0": "q4_k"}.get(base, base)
     best = "q8_0" if base == "q8_0" else "q6_k"
     facts = ModelFacts("qwen3", 2, 16, 8)
     types = recipes.choose(recipe, model_tensors(2), facts)
@@ -126,10 +126,11 @@ def test_codebook_formats_leave_some_tensors_to_q5_k(mix: str) -> None:
     assert names_of(mix, "attn_output", experts) == ["q5_k"] * 2
 
 
-def test_the_ternary_format_is_everywhere_in_the_layers() -> None:
+@pytest.mark.parametrize("mix", ["tq1_0", "tq2_0", "q2_0"])
+def test_ternary_formats_are_everywhere_in_the_layers(mix: str) -> None:
     facts = ModelFacts("llama", 18, 16, 4)
     for leaf in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        assert names_of("tq2_0", leaf, facts) == ["tq2_0"] * 18
+        assert names_of(mix, leaf, facts) == [mix] * 18
 
 
 def test_mxfp4_moe_is_for_experts_alone() -> None:
@@ -155,7 +156,8 @@ def test_importance_changes_the_first_down_projections() -> None:
         ("q2_k", 288, "q4_0"), ("q3_k_s", 288, "q4_0"), ("q4_k_m", 288, "q5_0"),
         ("q5_k_m", 288, "q5_1"), ("q6_k", 288, "q8_0"), ("q4_0", 288, "q4_0"),
         ("q4_k_m", 40, "float16"), ("q8_0", 40, "float16"), ("iq4_xs", 288, "iq4_nl"),
-        ("tq2_0", 288, "q4_0"), ("iq4_nl", 288, "iq4_nl"),
+        ("tq1_0", 288, "q4_0"), ("tq2_0", 288, "q4_0"), ("q2_0", 288, "q4_0"),
+        ("iq4_nl", 288, "iq4_nl"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit(recipe: str, columns: int, expected: str) -> None:
@@ -190,15 +192,17 @@ def test_names() -> None:
     assert {recipe.name for recipe in recipes.all()} >= {
         "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "q3_k_m", "q2_k",
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"type must be one of tq2_0, .*, got 'q9'"):
+    with pytest.raises(ValueError, match=r"type must be one of tq1_0, .*, got 'q9'"):
         recipes.get("q9")
 
 
 def test_file_types_are_those_of_gguf() -> None:
     gguf = pytest.importorskip("gguf")
     theirs = {kind.name.removeprefix("MOSTLY_").lower(): kind.value for kind in gguf.LlamaFileType}
+    newest = max(kind for name, kind in theirs.items() if name != "guessed")
     for recipe in recipes.all():
-        assert recipe.file_type == theirs[recipe.name]
+        if recipe.file_type <= newest:  # else gguf is older than the recipe
+            assert recipe.file_type == theirs[recipe.name]
 
 
 def test_facts_from_metadata() -> None:
@@ -229,11 +233,10 @@ def test_fitting(fmt) -> None:
     assert recipes.fitting(fmt, 40) is None
     shorter = recipes.fallback(fmt)
     assert recipes.fitting(fmt, 288) == (fmt if 288 % fmt.block_elems == 0 else shorter)
-    if fmt.block_elems == 256:
-        assert shorter is not None
-        assert shorter.block_elems == 32
+    if shorter is None:
+        assert fmt.block_elems < 256
     else:
-        assert shorter is None
+        assert fmt.block_elems > shorter.block_elems == 32
 
 
 def test_what_is_wanted_whether_or_not_it_fits() -> None:

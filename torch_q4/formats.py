@@ -259,6 +259,16 @@ def _iq4_xs(blocks: Tensor) -> Tensor:
     return _grouped(_look_up(indices, _IQ4_VALUES), scales)
 
 
+@_register("tq1_0", 34, block_elems=256, block_bytes=54, error=8e-1, weighs=False)
+def _tq1_0(blocks: Tensor) -> Tensor:
+    # Bytes are fractions of 256 with digits in base 3: times 3, one has its first above the point.
+    parts = []
+    for first, last, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        fractions = blocks[..., first:last].int()
+        parts += [fractions * 3**digit % 256 * 3 >> 8 for digit in range(digits)]
+    return _half(blocks, 52) * (torch.cat(parts, dim=-1).float() - 1)
+
+
 @_register("tq2_0", 35, block_elems=256, block_bytes=66, error=8e-1, weighs=False)
 def _tq2_0(blocks: Tensor) -> Tensor:
     codes = _bits(blocks[..., :64].unflatten(-1, (2, 32)), 2).flatten(-2)
@@ -289,6 +299,13 @@ def _q1_0(blocks: Tensor) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     bits = (blocks[..., 2:18, None] >> shifts & 1).flatten(-2)
     return _half(blocks, 0) * (2 * bits.float() - 1)
+
+
+@_register("q2_0", 42, block_elems=64, block_bytes=18, error=8e-1, weighs=False)
+def _q2_0(blocks: Tensor) -> Tensor:
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
+    codes = (blocks[..., 2:18, None] >> shifts & 3).flatten(-2)
+    return _half(blocks, 0) * (codes.float() - 1)
 
 
 @_register("q4_0_f32", -2, block_elems=32, block_bytes=20, error=1e-2)

@@ -63,7 +63,9 @@ class Recipe:
 _RECIPES = {
     name: Recipe(name, file_type, formats.get(base))
     for name, file_type, base in (
+        ("tq1_0", 36, "tq1_0"),
         ("tq2_0", 37, "tq2_0"),
+        ("q2_0", 41, "q2_0"),
         ("q2_k", 10, "q2_k"),
         ("q3_k_s", 11, "q3_k"),
         ("q3_k_m", 12, "q3_k"),
@@ -88,7 +90,7 @@ _ALIASES = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 # What a tensor becomes whose rows are no whole number of the format's blocks.
 _FALLBACKS = {
     "q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
-    "iq4_xs": "iq4_nl", "tq2_0": "q4_0",
+    "iq4_xs": "iq4_nl", "tq1_0": "q4_0", "tq2_0": "q4_0", "q2_0": "q4_0",
 }  # fmt: skip
 
 
@@ -272,8 +274,8 @@ def wanted(
 def fitting(fmt: Format, columns: int) -> Format | None:
     """The format, or where its blocks do not fit, the one that llama.cpp takes instead.
 
-    q2_k, q3_k and tq2_0 become q4_0, q4_k q5_0, q5_k q5_1, q6_k q8_0 and iq4_xs iq4_nl, whose
-    blocks are shorter.
+    q2_k, q3_k, tq1_0, tq2_0 and q2_0 become q4_0, q4_k q5_0, q5_k q5_1, q6_k q8_0 and iq4_xs
+    iq4_nl, whose blocks are shorter.
 
     Returns:
         None if the number of columns suits neither.
@@ -334,7 +336,8 @@ class _Rules:
         if self.recipe.name == "mxfp4_moe":  # experts, stacked in one tensor, and the rest
             return formats.get("mxfp4" if len(info.shape) > 2 and info.shape[-3] > 1 else "q8_0")
         if name == "token_embd.weight":
-            return formats.get("q4_k") if self.recipe.name == "tq2_0" else self.recipe.base
+            ternary = self.recipe.name in ("tq1_0", "tq2_0", "q2_0")
+            return formats.get("q4_k") if ternary else self.recipe.base
         if "attn_v.weight" in name or "attn_qkv.weight" in name:
             chosen = self.values(self.values_seen)
             self.values_seen += 1

@@ -210,13 +210,14 @@ struct ChunkStarts {
 template <class Format>
 struct PackedRows {
   const uint8_t* block;
-  int part;  // which kLineRows of the 16 rows line() and fifth_bits() give
+  int part;  // which kLineRows of the 16 rows line(), fifth_bits() and digits() give
 
   static constexpr ChunkStarts<Format> kStarts{};
 
   const uint8_t* chunk(int index) const { return block + kStarts.at[index]; }
   Bytes line(int index) const { return load_bytes(chunk(index) + 16 * kLineRows * part); }
   Bytes fifth_bits(int index) const { return bits_to_16(chunk(index) + 2 * kLineRows * part); }
+  Bytes digits(int index) const { return first_digits(chunk(index) + 4 * kLineRows * part); }
   void halves(int index, float* out) const {
     const auto* from = reinterpret_cast<const uint16_t*>(chunk(index));
     for (int r = 0; r < 16; r += kLanes) store(out + r, load_half(from + r));

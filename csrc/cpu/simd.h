@@ -107,6 +107,38 @@ inline Bytes join(Bytes a, Bytes b, int half) {
   return {half == 0 ? _mm512_unpacklo_epi64(a.v, b.v) : _mm512_unpackhi_epi64(a.v, b.v)};
 }
 
+// Of four bytes of each row's 16, those of word `quarter`, the two lowest bits, then the next two,
+// and so on: each byte is brought to a word, and then as in spread_byte.
+inline Bytes spread(Bytes a, int quarter) {
+  const __m512i bytes = _mm512_set4_epi32(~0x7F7F7FFC, ~0x7F7F7FFD, ~0x7F7F7FFE, ~0x7F7F7FFF);
+  const __m512i places = _mm512_add_epi32(bytes, _mm512_set1_epi32(4 * quarter));
+  const __m512i word = _mm512_shuffle_epi8(a.v, places);
+  const __m512i twice = _mm512_or_si512(word, _mm512_slli_epi32(word, 6));
+  const __m512i all = _mm512_or_si512(twice, _mm512_slli_epi32(twice, 12));
+  return {_mm512_and_si512(all, _mm512_set1_epi8(3))};
+}
+// base_3_word of all bytes, those of each 16-bit word times its own power of 3. The product of one
+// byte, brought to the word's upper half, keeps there what is below the point.
+inline Bytes base_3_digits(__m512i bytes, __m512i powers) {
+  const __m512i upper = _mm512_set1_epi16(static_cast<int16_t>(0xFF00));
+  const __m512i even = _mm512_mullo_epi16(bytes, _mm512_slli_epi16(powers, 8));
+  const __m512i odd = _mm512_mullo_epi16(_mm512_and_si512(bytes, upper), powers);
+  const __m512i even_digits = _mm512_mulhi_epu16(even, _mm512_set1_epi16(3));
+  const __m512i odd_digits = _mm512_mulhi_epu16(odd, _mm512_set1_epi16(3 << 8));
+  return {_mm512_or_si512(even_digits, _mm512_and_si512(odd_digits, upper))};
+}
+// Digit `digit` in base 3 of each byte.
+inline Bytes base_3(Bytes a, int digit) {
+  return base_3_digits(a.v, _mm512_set1_epi16(static_cast<int16_t>(power_of_3(digit))));
+}
+// Of four bytes a row their first digits, then the second, third and fourth ones.
+inline Bytes first_digits(const uint8_t* from) {
+  const __m512i row_of = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m512i bytes = _mm512_permutexvar_epi32(row_of, _mm512_castsi128_si512(rows));
+  return base_3_digits(bytes, _mm512_set4_epi32(0x1B001B, 0x90009, 0x30003, 0x10001));
+}
+
 // 16 in each byte whose bit is set: 16 bits, two bytes, a row.
 inline Bytes bits_to_16(const uint8_t* bits) {
   uint64_t mask;
@@ -267,6 +299,34 @@ inline Bytes interleave(Bytes a, Bytes b, int half) {
 }
 inline Bytes join(Bytes a, Bytes b, int half) {
   return {half == 0 ? _mm256_unpacklo_epi64(a.v, b.v) : _mm256_unpackhi_epi64(a.v, b.v)};
+}
+
+inline Bytes spread(Bytes a, int quarter) {
+  const __m256i bytes = _mm256_setr_epi32(~0x7F7F7FFF, ~0x7F7F7FFE, ~0x7F7F7FFD, ~0x7F7F7FFC,
+                                          ~0x7F7F7FFF, ~0x7F7F7FFE, ~0x7F7F7FFD, ~0x7F7F7FFC);
+  const __m256i places = _mm256_add_epi32(bytes, _mm256_set1_epi32(4 * quarter));
+  const __m256i word = _mm256_shuffle_epi8(a.v, places);
+  const __m256i twice = _mm256_or_si256(word, _mm256_slli_epi32(word, 6));
+  const __m256i all = _mm256_or_si256(twice, _mm256_slli_epi32(twice, 12));
+  return {_mm256_and_si256(all, _mm256_set1_epi8(3))};
+}
+inline Bytes base_3_digits(__m256i bytes, __m256i powers) {
+  const __m256i upper = _mm256_set1_epi16(static_cast<int16_t>(0xFF00));
+  const __m256i even = _mm256_mullo_epi16(bytes, _mm256_slli_epi16(powers, 8));
+  const __m256i odd = _mm256_mullo_epi16(_mm256_and_si256(bytes, upper), powers);
+  const __m256i even_digits = _mm256_mulhi_epu16(even, _mm256_set1_epi16(3));
+  const __m256i odd_digits = _mm256_mulhi_epu16(odd, _mm256_set1_epi16(3 << 8));
+  return {_mm256_or_si256(even_digits, _mm256_and_si256(odd_digits, upper))};
+}
+inline Bytes base_3(Bytes a, int digit) {
+  return base_3_digits(a.v, _mm256_set1_epi16(static_cast<int16_t>(power_of_3(digit))));
+}
+inline Bytes first_digits(const uint8_t* from) {
+  const __m256i row_of = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  const __m128i rows = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(rows), row_of);
+  return base_3_digits(bytes, _mm256_setr_epi32(0x10001, 0x30003, 0x90009, 0x1B001B, 0x10001,
+                                                0x30003, 0x90009, 0x1B001B));
 }
 
 inline Bytes bits_to_16(const uint8_t* bits) {
@@ -432,6 +492,33 @@ inline Bytes join(Bytes a, Bytes b, int half) {
   return result;
 }
 
+inline Bytes spread(Bytes a, int quarter) {
+  Bytes result;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t codes = spread_byte(a.v[4 * quarter + i]);
+    std::memcpy(reinterpret_cast<uint8_t*>(&result) + 4 * i, &codes, 4);
+  }
+  return result;
+}
+// The vector's elements are bytes, so that a product leaves out by itself what is above the point.
+inline Bytes base_3_digits(Bytes a, Bytes powers) {
+  const Bytes fraction = {a.v * powers.v};
+  const Bytes thirds = {(fraction.v > 85) & 1}, two_thirds = {(fraction.v > 170) & 1};
+  return {thirds.v + two_thirds.v};
+}
+inline Bytes base_3(Bytes a, int digit) {
+  return base_3_digits(a, Bytes{} ^ static_cast<int>(power_of_3(digit)));
+}
+inline Bytes first_digits(const uint8_t* from) {
+  Bytes bytes, powers;
+  for (int digit = 0; digit < 4; ++digit) {
+    std::memcpy(reinterpret_cast<uint8_t*>(&bytes) + 4 * digit, from, 4);
+    std::memset(reinterpret_cast<uint8_t*>(&powers) + 4 * digit,
+                static_cast<int>(power_of_3(digit)), 4);
+  }
+  return base_3_digits(bytes, powers);
+}
+
 inline Bytes bits_to_16(const uint8_t* bits) {
   uint16_t mask;
   std::memcpy(&mask, bits, sizeof(mask));
@@ -462,6 +549,8 @@ inline VecI dot4_word(VecI acc, VecI a, const uint32_t* word) {
 #if !defined(__AVX2__) || defined(__AVX512VNNI__)
 inline VecI dot4_signed(VecI acc, VecI, VecI) { return acc; }  // kWideProducts: never called
 #endif
+
+inline Bytes choose(bool first, Bytes a, Bytes b) { return first ? a : b; }
 
 constexpr int kRowVectors = 16 / kLanes;
 

@@ -52,6 +52,26 @@ TORCH_Q4_HOST_DEVICE inline uint32_t expand_4_bits(uint32_t bits) {
 // Byte i of out[32] is 16 where bit i of `bits` is set, else 0.
 TORCH_Q4_HOST_DEVICE inline void expand_to_16(uint32_t bits, uint8_t* out);
 
+// Byte i is bits 2 i and 2 i + 1 of a byte: of its copies at bits 0, 6, 12 and 18 the two bits that
+// are wanted lie where one of them alone has any.
+TORCH_Q4_HOST_DEVICE inline uint32_t spread_byte(uint32_t byte) {
+  const uint32_t twice = byte | byte << 6;
+  return (twice | twice << 12) & 0x03030303u;
+}
+
+// 3 to the power of 0 to 4.
+TORCH_Q4_HOST_DEVICE constexpr uint32_t power_of_3(int exponent) {
+  return exponent < 2 ? (exponent == 0 ? 1 : 3) : exponent == 2 ? 9 : exponent == 3 ? 27 : 81;
+}
+// A byte is a fraction of 256 with five digits in base 3. Times `power`, that of 3 which is the
+// number of a digit, and without what is above the point, the digit is the first; times 3, it is
+// what is above the point. Here that is done to each of a word's four bytes, two by two.
+TORCH_Q4_HOST_DEVICE inline uint32_t base_3_word(uint32_t bytes, uint32_t power) {
+  const uint32_t even = (bytes & 0x00FF00FFu) * power & 0x00FF00FFu;
+  const uint32_t odd = (bytes >> 8 & 0x00FF00FFu) * power & 0x00FF00FFu;
+  return (even * 3 >> 8 & 0x00030003u) | (odd * 3 & 0x03000300u);
+}
+
 // A table of 16 bytes, the entries of a codebook, four in a word, the first lowest.
 struct Codebook {
   uint32_t w[4];

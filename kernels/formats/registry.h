@@ -17,9 +17,13 @@
 //                            vectors, halves(i, out) and floats(i, out) are 16 rows' 2- or 4-byte
 //                            ones as numbers, words(i), halfwords(i) and bytes(i) those of 4, 2 or
 //                            1 bytes as they are, fifth_bits(i) has 16 where a bit of a 2-byte one
-//                            is set. look_up(codes, table) is each code's entry in a codebook
-//                            (look_up_nibbles and look_up_joined: codebooks.h), interleave and
-//                            join(low, high, half) put 8 and 8 bytes together
+//                            is set, digits(i) has the first four digits in base 3 of the bytes of
+//                            a 4-byte one, all first ones first. look_up(codes, table) is each
+//                            code's entry in a codebook (look_up_nibbles and look_up_joined:
+//                            codebooks.h), interleave and join(low, high, half) put 8 and 8 bytes
+//                            together, spread(bytes, quarter) takes 16 two-bit codes out of four
+//                            bytes, base_3(bytes, digit) a digit of 0 to 4 out of each byte;
+//                            choose(first, a, b) is a or b
 //   part_scales(row, part, scales, shifts)
 //                            of one row, what a GPU's thread decodes at a time: of a block of 128
 //                            or 256, part p is segments 8 (p / 2) + p % 2 + {0, 2, 4, 6}; a block
@@ -39,6 +43,7 @@
 #include "mxfp4.h"
 #include "nvfp4.h"
 #include "q1_0.h"
+#include "q2_0.h"
 #include "q2_k.h"
 #include "q3_k.h"
 #include "q4_0.h"
@@ -50,6 +55,7 @@
 #include "q5_k.h"
 #include "q6_k.h"
 #include "q8_0.h"
+#include "tq1_0.h"
 #include "tq2_0.h"
 
 #define TORCH_Q4_FORMATS(X) \
@@ -65,8 +71,10 @@
   X(Q6_K)                   \
   X(IQ4_NL)                 \
   X(IQ4_XS)                 \
+  X(TQ1_0)                  \
   X(TQ2_0)                  \
   X(MXFP4)                  \
   X(NVFP4)                  \
   X(Q1_0)                   \
+  X(Q2_0)                   \
   X(Q4_0_F32)

@@ -22,7 +22,7 @@ namespace TORCH_Q4_NAMESPACE {
 // One row's block as it lies in shared memory: packed, but for gaps that keep lines which several
 // lanes read at once in different banks.
 template <class Format>
-struct StageRow : SmallChunks<StageRow<Format>> {
+struct StageRow : SmallChunks<Format, StageRow<Format>> {
   const uint8_t* block;
   int row;
 
@@ -40,6 +40,11 @@ struct StageRow : SmallChunks<StageRow<Format>> {
     const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
     const uint8_t* from = block + place(offset) + 2 * line_row(row);
     return expand_bits(*reinterpret_cast<const uint16_t*>(from));
+  }
+  TORCH_Q4_DEVICE Bytes digits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 64 * (index - kLineCount<Format>);
+    const uint8_t* from = block + place(offset) + 4 * line_row(row);
+    return expand_digits(*reinterpret_cast<const uint32_t*>(from));
   }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {

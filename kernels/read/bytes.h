@@ -41,6 +41,13 @@ struct ByteVector {
   TORCH_Q4_DEVICE friend ByteVector look_up(const ByteVector& codes, const Codebook& table) {
     return map([&](int i) { return look_up_4(codes.w[i], table); });
   }
+  // Digit `digit` in base 3 of each byte (base_3_word).
+  TORCH_Q4_DEVICE friend ByteVector base_3(const ByteVector& a, int digit) {
+    return map([&](int i) { return base_3_word(a.w[i], power_of_3(digit)); });
+  }
+  TORCH_Q4_DEVICE friend ByteVector choose(bool first, const ByteVector& a, const ByteVector& b) {
+    return map([&](int i) { return first ? a.w[i] : b.w[i]; });
+  }
 };
 // A segment's codes, or a line of memory.
 using Bytes = ByteVector<4>;
@@ -89,6 +96,22 @@ TORCH_Q4_DEVICE Bytes load_line(const uint8_t* from) {
 
 TORCH_Q4_DEVICE Bytes look_up(const Fields& fields, const Codebook& table) {
   return look_up(fields.codes(), table);
+}
+
+// 16 codes of two bits, from word `quarter` of the four: those of each byte follow each other, the
+// lowest first.
+TORCH_Q4_DEVICE Bytes spread(const Bytes& a, int quarter) {
+  const uint32_t low = quarter % 2 == 0 ? a.w[0] : a.w[1];
+  const uint32_t high = quarter % 2 == 0 ? a.w[2] : a.w[3];
+  const uint32_t word = quarter < 2 ? low : high;
+  return Bytes::map([&](int i) { return spread_byte(word >> 8 * i & 0xFFu); });
+}
+TORCH_Q4_DEVICE Bytes spread(const Fields& a, int quarter) { return spread(a.codes(), quarter); }
+
+TORCH_Q4_DEVICE Bytes base_3(const Fields& a, int digit) { return base_3(a.codes(), digit); }
+// Of a word's four bytes the first digits, then the second, third and fourth ones.
+TORCH_Q4_DEVICE Bytes expand_digits(uint32_t word) {
+  return Bytes::map([&](int i) { return base_3_word(word, power_of_3(i)); });
 }
 
 // 16 bytes with 16 where one of 16 bits is set.

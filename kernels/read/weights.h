@@ -44,7 +44,7 @@ constexpr int kLineCount = line_count<Format>();
 
 // How one row's chunks of four, two and one byte are read, by their number: what the readers below
 // have in common. Row says where a chunk of its own lies, and to how many bytes it is aligned.
-template <class Row>
+template <class Format, class Row>
 struct SmallChunks {
   template <int kIndex>
   TORCH_Q4_DEVICE uint32_t word() const {
@@ -67,6 +67,8 @@ struct SmallChunks {
  private:
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* chunk() const {
+    // Such a chunk has its rows in another order, which fifth_bits and digits know.
+    static_assert(!Format::kChunks[kIndex].with_lines);
     return static_cast<const Row*>(this)->template small_chunk<kIndex>();
   }
 };
@@ -74,7 +76,7 @@ struct SmallChunks {
 // One row's block in the packed layout (packed.h). What is the same for a whole block of threads
 // stays a pointer by itself: AMD's loads add an offset of 32 bits to that without an instruction.
 template <class Format>
-struct PackedRow : SmallChunks<PackedRow<Format>> {
+struct PackedRow : SmallChunks<Format, PackedRow<Format>> {
   const uint8_t* group;  // the first block of its 16 rows
   uint32_t start;        // of its own block from there
   int row;               // among the 16
@@ -94,6 +96,10 @@ struct PackedRow : SmallChunks<PackedRow<Format>> {
     const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
     return expand_bits(*reinterpret_cast<const uint16_t*>(chunk(offset, 2, line_row(row))));
   }
+  TORCH_Q4_DEVICE Bytes digits(int index) const {
+    const int offset = 256 * kLineCount<Format> + 64 * (index - kLineCount<Format>);
+    return expand_digits(*reinterpret_cast<const uint32_t*>(chunk(offset, 4, line_row(row))));
+  }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return chunk(chunk_start<Format>(kIndex), Format::kChunks[kIndex].size, row);
@@ -102,7 +108,7 @@ struct PackedRow : SmallChunks<PackedRow<Format>> {
 
 // One row's block in GGML's own layout, which is aligned to no more than its size is.
 template <class Format>
-struct CanonicalRow : SmallChunks<CanonicalRow<Format>> {
+struct CanonicalRow : SmallChunks<Format, CanonicalRow<Format>> {
   const uint8_t* block;
 
   TORCH_Q4_DEVICE explicit CanonicalRow(const uint8_t* block) : block(block) {}
@@ -137,9 +143,12 @@ struct CanonicalRow : SmallChunks<CanonicalRow<Format>> {
     static_assert(kLinesFollow);
     return kFirst + 16 * index + (index >= kRestart ? kJump : 0);
   }
-  TORCH_Q4_DEVICE static int bits_offset(int index) {
-    constexpr int kBits = Format::kChunks[kLines < kChunkCount<Format> ? kLines : 0].offset;
-    return kBits + 2 * (index - kLines);
+  // Of those that go with lines, the first.
+  static constexpr int kBits = Format::kChunks[kLines < kChunkCount<Format> ? kLines : 0].offset;
+
+  TORCH_Q4_DEVICE static int bits_offset(int index) { return kBits + 2 * (index - kLines); }
+  TORCH_Q4_DEVICE static uint32_t digits_word(const uint8_t* block, int index) {
+    return load_word<kAlignment<kBytes | kBits | 4>>(block + kBits + 4 * (index - kLines));
   }
   TORCH_Q4_DEVICE Bytes line(int index) const {
     return load_line<kAlign>(block + line_offset(index));
@@ -147,6 +156,7 @@ struct CanonicalRow : SmallChunks<CanonicalRow<Format>> {
   TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
     return expand_bits(*reinterpret_cast<const uint16_t*>(block + bits_offset(index)));
   }
+  TORCH_Q4_DEVICE Bytes digits(int index) const { return expand_digits(digits_word(block, index)); }
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return block + Format::kChunks[kIndex].offset;

@@ -94,6 +94,7 @@ class Format:
     name: str
     block_elems: int
     chunks: tuple[Chunk, ...]
+    has_wide_scale: bool  # one of 16 or 32 bits, which may be NaN
 
     @property
     def block_bytes(self) -> int:
@@ -120,7 +121,10 @@ def parse_format(header: str) -> Format:
     for entry in re.findall(r"\{([^{}]*)\}", find(r"kChunks\[\] = \{(.*?)\};")):
         offset, size, *rest = (part.strip() for part in entry.split(","))
         chunks.append(Chunk(int(offset), int(size), rest == ["true"]))
-    return Format(find(r'kName = "(\w+)"'), int(find(r"kBlockElems = (\d+)")), tuple(chunks))
+    wide = re.search(r"^\s*(uint16_t|float) \w+;", find(r"struct Block \{(.*?)\};"), re.MULTILINE)
+    return Format(
+        find(r'kName = "(\w+)"'), int(find(r"kBlockElems = (\d+)")), tuple(chunks), wide is not None
+    )
 
 
 @functools.cache
@@ -192,6 +196,15 @@ def known_blocks(name: str, *, tame: bool) -> tuple[np.ndarray, np.ndarray]:
         keep = (largest > 1e-2) & (largest < 20)
         blocks, values = blocks[keep], values[keep]
     return blocks, values
+
+
+def may_be_nan(fmt: Format) -> bool:
+    """Whether products with a block of bits that are all set are NaN.
+
+    A scale of 16 or 32 bits is NaN then. One of eight bits may have no NaN, and no infinity either,
+    which golden blocks tell.
+    """
+    return fmt.has_wide_scale or not np.isfinite(known_blocks(fmt.name, tame=False)[1]).all()
 
 
 @dataclasses.dataclass(frozen=True)
