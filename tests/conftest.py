@@ -43,7 +43,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The fuzzers' long forms run only where they are asked for."""
+    """The fuzzers' long forms run only where they are asked for.
+
+    What uses the real model goes to one process, which loads it once.
+    """
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("real"))
     if "fuzz" in config.option.markexpr:
         return
     long = [item for item in items if item.get_closest_marker("fuzz")]
