@@ -139,6 +139,23 @@ TORCH_Q4_DEVICE ByteVector<kWords> expand_piece(uint32_t bits, int first) {
       [&](int i) { return expand_4_bits(bits >> (first + 4 * i) & 0xFu); });
 }
 
+// The piece that begins with byte `first` of a segment's codes.
+template <int kWords>
+TORCH_Q4_DEVICE ByteVector<kWords> piece_of(const Bytes& codes, int first) {
+  // Choices by bits: of words in memory AMD's compiler would choose the address.
+  const uint32_t second = first & 8 ? ~0u : 0, odd = first & 4 ? ~0u : 0;
+  const auto choose = [](uint32_t a, uint32_t b, uint32_t mask) {
+    return (a & ~mask) | (b & mask);
+  };
+  const uint32_t low = choose(codes.w[0], codes.w[2], second);
+  const uint32_t high = choose(codes.w[1], codes.w[3], second);
+  if constexpr (kWords == 2) {
+    return {{low, high}};
+  } else {
+    return {{choose(low, high, odd)}};
+  }
+}
+
 // A piece of every segment of one row's block in GGML's layout, in shared memory.
 template <class Format, int kWords>
 struct CanonicalPiece {
@@ -152,6 +169,10 @@ struct CanonicalPiece {
   TORCH_Q4_DEVICE ByteVector<kWords> fifth_bits(int index) const {
     const uint8_t* bits = block + Row::bits_offset(index);
     return expand_piece<kWords>(*reinterpret_cast<const uint16_t*>(bits), first);
+  }
+  template <class>
+  TORCH_Q4_DEVICE ByteVector<kWords> grid_codes(int segment) const {
+    return piece_of<kWords>(Row(block).template grid_codes<Format>(segment), first);
   }
 };
 
@@ -185,6 +206,15 @@ struct PackedPiece : SmallChunks<PackedPiece<Format, kWords>> {
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return blocks +
            gapped(start + chunk_start<Format>(kIndex) + Format::kChunks[kIndex].size * row);
+  }
+  template <int kFirst>
+  TORCH_Q4_DEVICE const uint8_t* place_of(int offset) const {
+    return blocks + gapped(start + packed_place<Format, kFirst>(offset, row));
+  }
+  template <class>
+  TORCH_Q4_DEVICE ByteVector<kWords> grid_codes(int segment) const {
+    const Bytes codes = SmallChunks<PackedPiece>::template grid_codes<Format>(segment);
+    return piece_of<kWords>(codes, first);
   }
 };
 

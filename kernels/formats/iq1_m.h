@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ1_M {
+struct IQ1_M : GridFormat<IQ1_M> {
   // Layout: ggml-common.h, block_iq1_m. Byte i of qs is the low eight bits of the index of elements
   // 8 i to 8 i + 7. A nibble of qh belongs to as many, the low one first: three bits are the top of
   // the index, the fourth is set where an eighth is taken off each value of the grid. Where
@@ -34,28 +34,26 @@ struct IQ1_M {
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the two at 2 segment and the one at 32 + segment; their scale is in the two at
   // 48 + 2 (segment / 4), and the block's in the odd bytes from 49 to 55.
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint8_t* low = block + 2 * segment;
-    const uint32_t top = block[32 + segment];
-    iq1_half_segment(grid()[low[0] | (top << 8 & 0x700u)], (top & 0x08u) != 0, codes);
-    iq1_half_segment(grid()[low[1] | (top << 4 & 0x700u)], (top & 0x80u) != 0, codes + 2);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const Word low = row.template at<0>(2 * segment).halfword();
+    const Word top = row.template at<2>(segment).byte();
+    iq1_half_segment<Word>(grid_entry(grid(), (low & 0xFFu) | (top << 8 & 0x700u)), top >> 3 & 1u,
+                           codes);
+    iq1_half_segment<Word>(grid_entry(grid(), low >> 8 | (top << 4 & 0x700u)), top >> 7, codes + 2);
   }
 
-  // The block's scale from its words of scales, bytes 48 to 51 and 52 to 55.
-  TORCH_Q4_HOST_DEVICE static float block_scale(uint32_t first, uint32_t second) {
-    return half_to_float(static_cast<uint16_t>((first >> 12 & 0xFu) | (first >> 24 & 0xF0u) |
-                                               (second >> 4 & 0xF00u) | (second >> 16 & 0xF000u)));
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<6>(group / 4 * 2).halfword() >> group % 4 * 3 & 7u;
   }
-
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const auto* bytes = reinterpret_cast<const uint8_t*>(&block);
-    const float d = block_scale(read_word(bytes + 48), read_word(bytes + 52));
-    for (int g = 0; g < 16; ++g) {
-      scales[g] = iq1_scale(d, block.scales[g / 4] >> g % 4 * 3 & 7);
-    }
-    unpack_segments<IQ1_M>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    const auto first = row.template at<6>(0).word(), second = row.template at<6>(4).word();
+    return (first >> 12 & 0xFu) | (first >> 24 & 0xF0u) | (second >> 4 & 0xF00u) |
+           (second >> 16 & 0xF000u);
   }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) { return iq1_scale(d, bits); }
 
   // Lines 0 and 1 hold the low bits of the indices of eight segments each. A part uses half of each
   // word of one line. It uses every second byte of the first or the last two words of qh, which are

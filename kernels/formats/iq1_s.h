@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ1_S {
+struct IQ1_S : GridFormat<IQ1_S> {
   // Layout: ggml-common.h, block_iq1_s. Byte i of qs is the low eight bits of the index of elements
   // 8 i to 8 i + 7, three bits of qh[i / 4], the lowest first, the top ones. Above these twelve
   // bits are the scale of the 32 elements, three bits, and one that is set where an eighth is taken
@@ -32,21 +32,24 @@ struct IQ1_S {
 
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the two at 2 + 2 segment and the two at 34 + 2 (segment / 2), where their scale is, too.
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint8_t* low = block + 2 + 2 * segment;
-    const uint32_t shared = read_halfword(block + 34 + segment / 2 * 2);
-    const uint32_t top = shared >> segment % 2 * 6;
-    const bool minus = (shared & 0x8000u) != 0;
-    iq1_half_segment(grid()[low[0] | (top << 8 & 0x700u)], minus, codes);
-    iq1_half_segment(grid()[low[1] | (top << 5 & 0x700u)], minus, codes + 2);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const Word low = row.template at<0>(2 * segment).halfword();
+    const Word shared = row.template at<2>(segment / 2 * 2).halfword();
+    const Word top = shared >> segment % 2 * 6, minus = shared >> 15;
+    iq1_half_segment<Word>(grid_entry(grid(), (low & 0xFFu) | (top << 8 & 0x700u)), minus, codes);
+    iq1_half_segment<Word>(grid_entry(grid(), low >> 8 | (top << 5 & 0x700u)), minus, codes + 2);
   }
 
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const float d = half_to_float(block.d);
-    for (int g = 0; g < 8; ++g) scales[g] = iq1_scale(d, block.qh[g] >> 12 & 7);
-    unpack_segments<IQ1_S>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<2>(2 * group).halfword() >> 12 & 7u;
   }
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    return row.template at<6>(0).halfword();
+  }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) { return iq1_scale(d, bits); }
 
   // Lines 0 and 1 hold the low bits of the indices of eight segments each. A part uses half of each
   // word of one line. It uses the first or the last two words of qh, which are half a line: as

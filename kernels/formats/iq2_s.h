@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ2_S {
+struct IQ2_S : GridFormat<IQ2_S> {
   // Layout: ggml-common.h, block_iq2_s, whose qs is qs and signs here. Byte i of qs is the low
   // eight bits of the index of elements 8 i to 8 i + 7, byte i of signs has a bit for each of them;
   // two bits of qh[i / 4], the lowest first, are the top of the index. A nibble of scales is a
@@ -35,22 +35,24 @@ struct IQ2_S {
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the two at 2 + 2 segment, the two at 34 + 2 segment and a nibble of the one at
   // 66 + segment / 2; their scale is in the one at 74 + segment / 2.
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint8_t* low = block + 2 + 2 * segment;
-    const uint32_t top = static_cast<uint32_t>(block[66 + segment / 2]) >> segment % 2 * 4;
-    const uint32_t signs = read_halfword(block + 34 + 2 * segment);
-    iq2_segment(grid()[low[0] | (top << 8 & 0x300u)], grid()[low[1] | (top << 6 & 0x300u)], signs,
-                codes);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const Word low = row.template at<0>(2 * segment).halfword();
+    const Word signs = row.template at<2>(2 * segment).halfword();
+    const Word top = row.template at<4>(segment / 2).byte() >> segment % 2 * 4;
+    iq2_segment<Word>(grid_entry(grid(), (low & 0xFFu) | (top << 8 & 0x300u)),
+                      grid_entry(grid(), low >> 8 | (top << 6 & 0x300u)), signs, codes);
   }
 
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const float d = half_to_float(block.d);
-    for (int g = 0; g < 16; ++g) {
-      scales[g] = iq2_scale(d, block.scales[g / 2] >> g % 2 * 4 & 0xF);
-    }
-    unpack_segments<IQ2_S>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<6>(group / 2).byte() >> group % 2 * 4 & 0xFu;
   }
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    return row.template at<8>(0).halfword();
+  }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) { return iq2_scale(d, bits); }
 
   // Lines 0 and 1 hold the indices of eight segments each, lines 2 and 3 the signs. A part uses
   // half of each word of one line of both. It uses a nibble of each byte of a word of qh and of a

@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ2_XS {
+struct IQ2_XS : GridFormat<IQ2_XS> {
   // Layout: ggml-common.h, block_iq2_xs. A halfword of qs is eight elements: nine bits are an index
   // of the grid, the top seven are signs. A nibble of scales is a group's, the low one first.
   struct Block {
@@ -30,20 +30,23 @@ struct IQ2_XS {
 
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the four at 2 + 4 segment; their scale is in the one at 66 + segment / 2.
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint32_t word = read_word(block + 2 + 4 * segment);
-    const uint32_t signs = complete_signs((word >> 9 & 0x7Fu) | (word >> 17 & 0x7F00u));
-    iq2_segment(grid()[word & 0x1FFu], grid()[word >> 16 & 0x1FFu], signs, codes);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const Word word = row.template at<0>(4 * segment).word();
+    const Word signs = complete_signs<Word>((word >> 9 & 0x7Fu) | (word >> 17 & 0x7F00u));
+    iq2_segment<Word>(grid_entry(grid(), word & 0x1FFu), grid_entry(grid(), word >> 16 & 0x1FFu),
+                      signs, codes);
   }
 
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const float d = half_to_float(block.d);
-    for (int g = 0; g < 16; ++g) {
-      scales[g] = iq2_scale(d, block.scales[g / 2] >> g % 2 * 4 & 0xF);
-    }
-    unpack_segments<IQ2_XS>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<4>(group / 2).byte() >> group % 2 * 4 & 0xFu;
   }
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    return row.template at<6>(0).halfword();
+  }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) { return iq2_scale(d, bits); }
 
   // A line holds segments 4 line to 4 line + 3, a word each. A part uses every second word of two
   // lines, and of one word of scales a nibble of each byte.

@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ2_XXS {
+struct IQ2_XXS : GridFormat<IQ2_XXS> {
   // Layout: ggml-common.h, block_iq2_xxs. Of each eight bytes of qs, the first four are indices of
   // the grid, eight elements each; the last four, a word, are as many signs of seven bits and, in
   // the top four bits, the scale of the 32 elements.
@@ -30,19 +30,24 @@ struct IQ2_XXS {
 
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the two at 2 + 8 (segment / 2) + 2 (segment % 2) and the four at 6 + 8 (segment / 2).
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint8_t* group = block + 2 + segment / 2 * 8;
-    const uint8_t* indices = group + segment % 2 * 2;
-    const uint32_t signs = segment_signs(read_word(group + 4), segment);
-    iq2_segment(grid()[indices[0]], grid()[indices[1]], signs, codes);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const int group = segment / 2 * 8;
+    const Word indices = row.template at<0>(group + segment % 2 * 2).halfword();
+    const Word signs = segment_signs<Word>(row.template at<0>(group + 4).word(), segment);
+    iq2_segment<Word>(grid_entry(grid(), indices & 0xFFu), grid_entry(grid(), indices >> 8), signs,
+                      codes);
   }
 
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const float d = half_to_float(block.d);
-    for (int g = 0; g < 8; ++g) scales[g] = iq2_scale(d, block.qs[8 * g + 7] >> 4);
-    unpack_segments<IQ2_XXS>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<0>(8 * group + 4).word() >> 28;
   }
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    return row.template at<4>(0).halfword();
+  }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) { return iq2_scale(d, bits); }
 
   // A line holds the indices, signs and scales of segments 4 line to 4 line + 3. A part uses half
   // of each word of two lines. Chunks of 4 bytes would save it nothing.

@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ3_S {
+struct IQ3_S : GridFormat<IQ3_S> {
   // Layout: ggml-common.h, block_iq3_s. Byte i of qs is the low eight bits of the index of elements
   // 4 i to 4 i + 3, bit i % 8 of qh[i / 8] the top one; bits of signs are elements', the lowest
   // first. A nibble of scales is a group's, the low one first.
@@ -32,31 +32,36 @@ struct IQ3_S {
   TORCH_Q4_HOST_DEVICE static const auto& grid() { return iq3_s_grid(); }
 
   // The magnitudes are the odd numbers from 1 to 15.
-  TORCH_Q4_HOST_DEVICE static constexpr uint32_t magnitudes(uint32_t entry) {
-    return 0x01010101u + (grid_steps(entry) << 1);
+  template <class Word>
+  TORCH_Q4_HOST_DEVICE static constexpr Word magnitudes(Word entry) {
+    return (grid_steps(entry) << 1) + 0x01010101u;
   }
 
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the four at 2 + 4 segment, a nibble of the one at 66 + segment / 2 and the two at
   // 74 + 2 segment; their scale is in the one at 106 + segment / 4.
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint8_t* low = block + 2 + 4 * segment;
-    const uint32_t top = static_cast<uint32_t>(block[66 + segment / 2]) >> segment % 2 * 4;
-    const uint32_t signs = read_halfword(block + 74 + 2 * segment);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const Word low = row.template at<0>(4 * segment).word();
+    const Word top = row.template at<6>(segment / 2).byte() >> segment % 2 * 4;
+    const Word signs = row.template at<4>(2 * segment).halfword();
     for (int i = 0; i < 4; ++i) {
-      const uint32_t entry = grid()[low[i] | (top >> i & 1u) << 8];
-      codes[i] = signed_codes(magnitudes(entry), signs >> 4 * i, kOffset);
+      const Word index = (low >> 8 * i & 0xFFu) | (top << (8 - i) & 0x100u);
+      const Word entry = grid_entry(grid(), index);
+      codes[i] = signed_codes<kOffset, Word>(magnitudes<Word>(entry), signs >> 4 * i);
     }
   }
 
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const float d = half_to_float(block.d);
-    for (int g = 0; g < 8; ++g) {
-      const int scale = block.scales[g / 2] >> g % 2 * 4 & 0xF;
-      scales[g] = d * static_cast<float>(1 + 2 * scale);
-    }
-    unpack_segments<IQ3_S>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<8>(group / 2).byte() >> group % 2 * 4 & 0xFu;
+  }
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    return row.template at<9>(0).halfword();
+  }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) {
+    return d * static_cast<float>(1 + 2 * bits);
   }
 
   // Lines 0 to 3 hold the indices of four segments each, a word for a segment. A part uses every

@@ -8,7 +8,7 @@
 
 namespace TORCH_Q4_NAMESPACE {
 
-struct IQ3_XXS {
+struct IQ3_XXS : GridFormat<IQ3_XXS> {
   // Layout: ggml-common.h, block_iq3_xxs, whose qs is qs and signs here. A byte of qs is an index
   // of the grid, four elements; a word of signs is four times seven bits, eight elements each, and,
   // in the top four bits, the scale of the 32 elements.
@@ -30,30 +30,35 @@ struct IQ3_XXS {
   TORCH_Q4_HOST_DEVICE static const auto& grid() { return iq3_xxs_grid(); }
 
   // The magnitudes are 4, 12, 20 and so on by eights, except that the last is 62.
-  TORCH_Q4_HOST_DEVICE static constexpr uint32_t magnitudes(uint32_t entry) {
-    const uint32_t steps = grid_steps(entry);
-    const uint32_t last = (steps + 0x01010101u) >> 2 & 0x02020202u;
-    return 0x04040404u + (steps << 3) + last;
+  template <class Word>
+  TORCH_Q4_HOST_DEVICE static constexpr Word magnitudes(Word entry) {
+    const Word steps = grid_steps(entry);
+    const Word last = (steps + 0x01010101u) >> 2 & 0x02020202u;
+    return (steps << 3) + last + 0x04040404u;
   }
 
   // Codes of elements 16 segment to 16 segment + 15, four in a word. Of the block's bytes they take
   // the four at 2 + 4 segment and the four at 66 + 4 (segment / 2), where their scale is, too.
-  TORCH_Q4_HOST_DEVICE static void segment(const uint8_t* block, int segment, uint32_t* codes) {
-    const uint8_t* indices = block + 2 + 4 * segment;
-    const uint32_t signs = segment_signs(read_word(block + 66 + segment / 2 * 4), segment);
+  template <class Row, class Word>
+  TORCH_Q4_HOST_DEVICE static void segment(const Row& row, int segment, Word* codes) {
+    const Word indices = row.template at<0>(4 * segment).word();
+    const Word signs = segment_signs<Word>(row.template at<4>(segment / 2 * 4).word(), segment);
     for (int i = 0; i < 4; ++i) {
-      codes[i] = signed_codes(magnitudes(grid()[indices[i]]), signs >> 4 * i, kOffset);
+      const Word entry = grid_entry(grid(), indices >> 8 * i & 0xFFu);
+      codes[i] = signed_codes<kOffset, Word>(magnitudes<Word>(entry), signs >> 4 * i);
     }
   }
 
-  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
-                                          float* /*shifts*/) {
-    const float d = half_to_float(block.d);
-    for (int g = 0; g < 8; ++g) {
-      const auto scale = static_cast<float>(block.signs[4 * g + 3] >> 4);
-      scales[g] = d * (0.5f + scale) * 0.5f;
-    }
-    unpack_segments<IQ3_XXS>(block, codes);
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto scale_bits(const Row& row, int group) {
+    return row.template at<4>(4 * group).word() >> 28;
+  }
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto block_scale_bits(const Row& row) {
+    return row.template at<6>(0).halfword();
+  }
+  TORCH_Q4_HOST_DEVICE static float scale(float d, uint32_t bits) {
+    return d * (0.5f + static_cast<float>(bits)) * 0.5f;
   }
 
   // Lines 0 to 3 hold the indices of four segments each, a word for a segment. A part uses every

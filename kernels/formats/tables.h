@@ -19,8 +19,8 @@
 // entries, or makes itself a table of magnitudes, a byte each (1 to 16 kB), is the choice of the
 // reader:
 //
-// - A GPU's threads look up different entries, which constant memory serves one after the other. So
-//   a block of threads copies its table to shared memory, and may expand it then.
+// - A GPU's threads look up different entries, which constant memory serves one after the other.
+//   They read them through the caches, as other data.
 // - Of 16 rows at a time, one in each 32-bit lane, gathered entries serve eight values a load. With
 //   AVX2 and AVX-512 they take 0.56 of the time of gathered magnitudes for IQ2, and the same for
 //   IQ3. Where words are loaded one by one, which is faster than gathers on CPUs that are mended
@@ -32,60 +32,75 @@
 // and iq1s_grid.
 #pragma once
 
+#include <type_traits>
+
 #include "../arch/arch.h"
+#include "../packed.h"
 
 namespace TORCH_Q4_NAMESPACE {
 
+// What follows is written once for a row and for many. A Word is uint32_t where one row is decoded
+// at a time, or a vector of such words, a lane for a row. `row` reads a block: at<i>(offset) is the
+// place of a byte of the run of chunks of one size that begins with chunk i, and its word(),
+// halfword() and byte() are what lies there. A word does not reach across chunks.
+
 // Steps 0 to 7 of the four values of an entry of IQ3.
-TORCH_Q4_HOST_DEVICE constexpr uint32_t grid_steps(uint32_t entry) {
+template <class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word grid_steps(Word entry) {
   return (entry | entry << 12) & 0x07070707u;
 }
 // Steps 0 to 2 of values 0 to 3 and of values 4 to 7 of an entry of IQ1 or IQ2.
-TORCH_Q4_HOST_DEVICE constexpr uint32_t low_grid_steps(uint32_t entry) {
+template <class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word low_grid_steps(Word entry) {
   return (entry | entry << 12) & 0x03030303u;
 }
-TORCH_Q4_HOST_DEVICE constexpr uint32_t high_grid_steps(uint32_t entry) {
+template <class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word high_grid_steps(Word entry) {
   return (entry | entry << 12) >> 2 & 0x03030303u;
 }
 
 // Four codes, offset + magnitude or, where bit i of the low four of `signs` is set, offset -
 // magnitude. No byte borrows from the next: no magnitude is more than the offset.
-TORCH_Q4_HOST_DEVICE constexpr uint32_t signed_codes(uint32_t magnitudes, uint32_t signs,
-                                                     int offset) {
+template <int kOffset, class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word signed_codes(Word magnitudes, Word signs) {
   // The factor puts bit i to bit 8 i, as in expand_4_bits.
-  const uint32_t negative = ((signs & 0xFu) * 0x00204081u & 0x01010101u) * 0xFFu;
-  return static_cast<uint32_t>(offset) * 0x01010101u + magnitudes - 2 * (magnitudes & negative);
+  const Word bits = (signs & 0xFu) * 0x00204081u & 0x01010101u;
+  const Word negative = (bits << 8) - bits;
+  return magnitudes + kOffset * 0x01010101u - ((magnitudes & negative) << 1);
 }
 
 // Some formats store seven of eight signs. The eighth makes the number of negative values even.
 // Each byte of `signs` has its top bit clear and gets its eighth sign there.
-TORCH_Q4_HOST_DEVICE constexpr uint32_t complete_signs(uint32_t signs) {
+template <class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word complete_signs(Word signs) {
   // The top bit of each byte becomes the parity of the byte. Bits that shifts bring in from the
   // byte below do not reach it.
-  uint32_t parity = signs ^ signs << 1;
+  Word parity = signs ^ signs << 1;
   parity ^= parity << 2;
   parity ^= parity << 4;
   return signs | (parity & 0x80808080u);
 }
 // The signs of the 16 elements of a segment, from two of four fields of seven bits in a word.
-TORCH_Q4_HOST_DEVICE constexpr uint32_t segment_signs(uint32_t word, int segment) {
-  const uint32_t fields = word >> segment % 2 * 14;
-  return complete_signs((fields & 0x7Fu) | (fields << 1 & 0x7F00u));
+template <class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word segment_signs(Word word, int segment) {
+  const Word fields = word >> segment % 2 * 14;
+  return complete_signs<Word>((fields & 0x7Fu) | (fields << 1 & 0x7F00u));
 }
 
 // The magnitudes of IQ2 are 8, 25 and 43.
 constexpr int kIQ2Offset = 43;
-TORCH_Q4_HOST_DEVICE constexpr uint32_t iq2_magnitudes(uint32_t steps) {
+template <class Word>
+TORCH_Q4_HOST_DEVICE constexpr Word iq2_magnitudes(Word steps) {
   // Two steps of 17, and one more for the last.
-  return 0x08080808u + steps * 17 + (steps >> 1 & 0x01010101u);
+  return steps + (steps << 4) + (steps >> 1 & 0x01010101u) + 0x08080808u;
 }
 // The 16 codes of a segment, four in a word, from two entries and 16 signs.
-TORCH_Q4_HOST_DEVICE inline void iq2_segment(uint32_t first, uint32_t second, uint32_t signs,
-                                             uint32_t* codes) {
-  codes[0] = signed_codes(iq2_magnitudes(low_grid_steps(first)), signs, kIQ2Offset);
-  codes[1] = signed_codes(iq2_magnitudes(high_grid_steps(first)), signs >> 4, kIQ2Offset);
-  codes[2] = signed_codes(iq2_magnitudes(low_grid_steps(second)), signs >> 8, kIQ2Offset);
-  codes[3] = signed_codes(iq2_magnitudes(high_grid_steps(second)), signs >> 12, kIQ2Offset);
+template <class Word>
+TORCH_Q4_HOST_DEVICE inline void iq2_segment(Word first, Word second, Word signs, Word* codes) {
+  codes[0] = signed_codes<kIQ2Offset>(iq2_magnitudes(low_grid_steps(first)), signs);
+  codes[1] = signed_codes<kIQ2Offset, Word>(iq2_magnitudes(high_grid_steps(first)), signs >> 4);
+  codes[2] = signed_codes<kIQ2Offset, Word>(iq2_magnitudes(low_grid_steps(second)), signs >> 8);
+  codes[3] = signed_codes<kIQ2Offset, Word>(iq2_magnitudes(high_grid_steps(second)), signs >> 12);
 }
 // The scale of a group whose nibble is `scale`. Every product is exact.
 TORCH_Q4_HOST_DEVICE inline float iq2_scale(float d, uint32_t scale) {
@@ -95,41 +110,88 @@ TORCH_Q4_HOST_DEVICE inline float iq2_scale(float d, uint32_t scale) {
 // The values of IQ1 are -1, 0 and 1, plus or minus an eighth. Codes count eighths, and the scale is
 // an eighth of ggml's: the products are the same.
 constexpr int kIQ1Offset = 9;
-TORCH_Q4_HOST_DEVICE constexpr uint32_t iq1_codes(uint32_t steps, bool minus) {
-  return (steps << 3) + (minus ? 0 : 0x02020202u);
-}
-// The 8 codes of an entry, four in a word. `minus`: an eighth is taken off its values, not added.
-TORCH_Q4_HOST_DEVICE inline void iq1_half_segment(uint32_t entry, bool minus, uint32_t* codes) {
-  codes[0] = iq1_codes(low_grid_steps(entry), minus);
-  codes[1] = iq1_codes(high_grid_steps(entry), minus);
+// The 8 codes of an entry, four in a word. `minus` is 1 where an eighth is taken off its values, 0
+// where it is added.
+template <class Word>
+TORCH_Q4_HOST_DEVICE inline void iq1_half_segment(Word entry, Word minus, Word* codes) {
+  const Word plus = (minus - 1u) & 0x02020202u;
+  codes[0] = (low_grid_steps(entry) << 3) + plus;
+  codes[1] = (high_grid_steps(entry) << 3) + plus;
 }
 // The scale of a group whose three bits are `scale`: exact, and no subnormal number.
 TORCH_Q4_HOST_DEVICE inline float iq1_scale(float d, uint32_t scale) {
   return d * static_cast<float>(2 * scale + 1) * 0.125f;
 }
 
-TORCH_Q4_HOST_DEVICE inline uint32_t read_word(const uint8_t* from) {
-  uint32_t word;
-  __builtin_memcpy(&word, from, sizeof(word));
-  return word;
-}
-TORCH_Q4_HOST_DEVICE inline uint32_t read_halfword(const uint8_t* from) {
-  uint16_t halfword;
-  __builtin_memcpy(&halfword, from, sizeof(halfword));
-  return halfword;
-}
-
-// `unpack`'s codes from those of the segments.
+// One row's block in GGML's layout on a CPU.
 template <class Format>
-TORCH_Q4_HOST_DEVICE inline void unpack_segments(const typename Format::Block& block,
-                                                 uint8_t* codes) {
-  const auto* bytes = reinterpret_cast<const uint8_t*>(&block);
-  for (int s = 0; s < Format::kBlockElems / 16; ++s) {
-    uint32_t words[4];
-    Format::segment(bytes, s, words);
-    __builtin_memcpy(codes + 16 * s, words, sizeof(words));
+struct BlockBytes {
+  const uint8_t* block;
+
+  struct Place {
+    const uint8_t* from;
+
+    TORCH_Q4_HOST_DEVICE uint32_t word() const { return read<uint32_t>(); }
+    TORCH_Q4_HOST_DEVICE uint32_t halfword() const { return read<uint16_t>(); }
+    TORCH_Q4_HOST_DEVICE uint32_t byte() const { return *from; }
+
+   private:
+    template <class Integer>
+    TORCH_Q4_HOST_DEVICE Integer read() const {
+      Integer value;
+      __builtin_memcpy(&value, from, sizeof(value));
+      return value;
+    }
+  };
+  template <int kFirst>
+  TORCH_Q4_HOST_DEVICE Place at(int offset) const {
+    return {block + Format::kChunks[kFirst].offset + offset};
   }
-}
+};
+
+// What the formats with a grid have in common. Such a format has, beside its constants, its block
+// and its chunks:
+//
+//   grid()                           its table
+//   segment(row, segment, codes)     four words of codes of elements 16 segment to 16 segment + 15
+//   scale_bits(row, group)           the stored scale of a group
+//   block_scale_bits(row)            that of the block, a float16
+//   scale(d, bits)                   the scale of a group from the two
+template <class Format>
+struct GridFormat {
+  template <class Block>
+  TORCH_Q4_HOST_DEVICE static void unpack(const Block& block, uint8_t* codes, float* scales,
+                                          float* /*shifts*/) {
+    const BlockBytes<Format> row = {reinterpret_cast<const uint8_t*>(&block)};
+    const float d = half_to_float(static_cast<uint16_t>(Format::block_scale_bits(row)));
+    for (int g = 0; g < 256 / Format::kGroupElems; ++g) {
+      scales[g] = Format::scale(d, Format::scale_bits(row, g));
+    }
+    for (int s = 0; s < 16; ++s) {
+      uint32_t words[4];
+      Format::segment(row, s, words);
+      __builtin_memcpy(codes + 16 * s, words, sizeof(words));
+    }
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static auto packed_codes(const Row& row, int segment) {
+    return row.template grid_codes<Format>(segment);
+  }
+
+  template <class Row>
+  TORCH_Q4_HOST_DEVICE static void part_scales(const Row& row, int part, float* scales,
+                                               float* /*shifts*/) {
+    const float d = half_to_float(static_cast<uint16_t>(Format::block_scale_bits(row)));
+    for (int i = 0; i < 4; ++i) {
+      const int group =
+          Format::kGroupElems == 32 ? (part >> 1) << 2 | i : (part >> 1) << 3 | (part & 1) | i << 1;
+      scales[i] = Format::scale(d, Format::scale_bits(row, group));
+    }
+  }
+};
+template <class Format>
+constexpr bool kHasGrid = std::is_base_of_v<GridFormat<Format>, Format>;
 
 // A grid may be read as 32-bit words at each of its entries, as gathers do.
 template <int kCount>
@@ -141,6 +203,12 @@ struct Grid {
     return entries[index];
   }
 };
+
+// The entry at each index. Where tables lie is decided here: a GPU reads them through its caches.
+template <int kCount>
+TORCH_Q4_HOST_DEVICE inline uint32_t grid_entry(const Grid<kCount>& grid, uint32_t index) {
+  return grid[index];
+}
 
 // The tables are inside functions: code for host and device may read such a table under nvcc, but
 // not one of a namespace.
