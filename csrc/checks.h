@@ -22,11 +22,17 @@ struct FormatInfo {
   int index;  // position in TORCH_Q4_FORMATS
   const char* name;
   int64_t type_id, block_elems, block_bytes;
+  bool quantizes;  // whether it has a quantiser
 };
 
 inline constexpr FormatInfo kFormatInfos[] = {
 #define TORCH_Q4_INFO(Format) \
-  {0, Format::kName, Format::kTypeId, Format::kBlockElems, sizeof(Format::Block)},
+  {0,                         \
+   Format::kName,             \
+   Format::kTypeId,           \
+   Format::kBlockElems,       \
+   sizeof(Format::Block),     \
+   kHasQuantizer<Format>},
     TORCH_Q4_FORMATS(TORCH_Q4_INFO)
 #undef TORCH_Q4_INFO
 };
@@ -138,6 +144,10 @@ inline void check_columns(const char* op, const char* what, int64_t columns,
 inline FormatInfo check_quantize(const Tensor& w, int64_t format_id,
                                  const std::optional<Tensor>& importance) {
   const FormatInfo format = check_format("quantize", format_id);
+  TORCH_Q4_CHECK(format.quantizes,
+                 "quantize: format must be one that torch_q4 quantises to; llama.cpp's "
+                 "llama-quantize makes files of the others with an importance matrix; got ",
+                 format.name);
   check_float("quantize", "w", dtype_in(w));
   TORCH_Q4_CHECK(w.dim() >= 1, "quantize: w must have at least 1 dimension, got shape ",
                  shape_name(w));

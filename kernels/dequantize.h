@@ -152,6 +152,23 @@ TORCH_Q4_DEVICE ByteVector<kWords> expand_digits(uint32_t word, int first) {
       [&](int i) { return base_3_word(word, power_of_3(first / 4 + i)); });
 }
 
+// The piece that begins with byte `first` of a segment's codes.
+template <int kWords>
+TORCH_Q4_DEVICE ByteVector<kWords> piece_of(const Bytes& codes, int first) {
+  // Choices by bits: of words in memory AMD's compiler would choose the address.
+  const uint32_t second = first & 8 ? ~0u : 0, odd = first & 4 ? ~0u : 0;
+  const auto choose = [](uint32_t a, uint32_t b, uint32_t mask) {
+    return (a & ~mask) | (b & mask);
+  };
+  const uint32_t low = choose(codes.w[0], codes.w[2], second);
+  const uint32_t high = choose(codes.w[1], codes.w[3], second);
+  if constexpr (kWords == 2) {
+    return {{low, high}};
+  } else {
+    return {{choose(low, high, odd)}};
+  }
+}
+
 // A piece of every segment of one row's block in GGML's layout, in shared memory.
 template <class Format, int kWords>
 struct CanonicalPiece {
@@ -168,6 +185,9 @@ struct CanonicalPiece {
   }
   TORCH_Q4_DEVICE ByteVector<kWords> digits(int index) const {
     return expand_digits<kWords>(Row::digits_word(block, index), first);
+  }
+  TORCH_Q4_DEVICE ByteVector<kWords> grid_codes(int segment) const {
+    return piece_of<kWords>(Row(block).grid_codes(segment), first);
   }
 };
 
@@ -206,6 +226,14 @@ struct PackedPiece : SmallChunks<Format, PackedPiece<Format, kWords>> {
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return blocks +
            gapped(start + chunk_start<Format>(kIndex) + Format::kChunks[kIndex].size * row);
+  }
+  template <int kFirst>
+  TORCH_Q4_DEVICE const uint8_t* place_of(int offset) const {
+    return blocks + gapped(start + packed_place<Format, kFirst>(offset, row));
+  }
+  TORCH_Q4_DEVICE ByteVector<kWords> grid_codes(int segment) const {
+    const Bytes codes = SmallChunks<Format, PackedPiece>::grid_codes(segment);
+    return piece_of<kWords>(codes, first);
   }
 };
 

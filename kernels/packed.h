@@ -58,6 +58,17 @@ TORCH_Q4_HOST_DEVICE constexpr int chunk_start(int index) {
   return start;
 }
 
+// Where the byte at `offset` of a run of chunks of one size, which begins with chunk kFirst, lies
+// for row `row` in the packed block of its 16 rows.
+template <class Format, int kFirst>
+TORCH_Q4_HOST_DEVICE constexpr int packed_place(int offset, int row) {
+  constexpr Chunk kChunk = Format::kChunks[kFirst];
+  const auto at = static_cast<unsigned>(offset);
+  const unsigned chunk = at / kChunk.size, rest = at % kChunk.size;
+  return chunk_start<Format>(kFirst) + static_cast<int>(chunk * kTileRows * kChunk.size + rest) +
+         kChunk.size * chunk_place(kChunk, row);
+}
+
 // Whether the chunks are of the sizes that readers know and cover each byte of the block once.
 template <class Format>
 constexpr bool chunks_cover_block() {

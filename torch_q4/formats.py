@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torch_q4 import _grids
+
 __all__ = ["Format", "all", "get"]
 
 
@@ -140,6 +142,18 @@ def _bits(packed: Tensor, width: int) -> Tensor:
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, width)], dim=-1)
 
 
+def _fields(packed: Tensor, width: int, count: int) -> Tensor:
+    """The lowest ``count`` fields of ``width`` bits of each integer: ``(..., n * count)``."""
+    shifts = torch.arange(count, dtype=packed.dtype, device=packed.device) * width
+    return (packed[..., None] >> shifts & (1 << width) - 1).flatten(-2)
+
+
+def _integers(packed: Tensor, size: int) -> Tensor:
+    """Little-endian integers of ``size`` bytes each: ``(..., n)`` to int64 ``(..., n / size)``."""
+    shifts = torch.arange(size, device=packed.device) * 8
+    return (packed.unflatten(-1, (-1, size)).long() << shifts).sum(-1)
+
+
 def _grouped(codes: Tensor, scales: Tensor, shifts: Tensor | None = None) -> Tensor:
     """``scale * code (+ shift)`` where each group of consecutive codes has its own scale."""
     groups = codes.unflatten(-1, (scales.shape[-1], -1)).float()
@@ -151,9 +165,7 @@ def _grouped(codes: Tensor, scales: Tensor, shifts: Tensor | None = None) -> Ten
 
 def _fifth_bits(blocks: Tensor, start: int) -> Tensor:
     """Bit i of the 32-bit word at byte ``start`` is the fifth bit of element i: ``(..., 32)``."""
-    word = blocks[..., start : start + 4]
-    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return ((word[..., None] >> shifts) & 1).flatten(-2)
+    return _fields(blocks[..., start : start + 4], 1, 8)
 
 
 def _six_bit_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,6 +323,77 @@ def _q2_0(blocks: Tensor) -> Tensor:
 @_register("q4_0_f32", -2, block_elems=32, block_bytes=20, error=1e-2)
 def _q4_0_f32(blocks: Tensor) -> Tensor:
     scale = blocks[..., :4].contiguous().view(torch.float32)
-    packed = blocks[..., 4:20]
-    codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
-    return scale * (codes.float() - 8)
+    return scale * (_fields(blocks[..., 4:20], 4, 2).float() - 8)
+
+
+def _signed_grid(name: str, indices: Tensor, negative: Tensor, scales: Tensor) -> Tensor:
+    """The grid's rows at ``indices``, negative where a bit is set, times the groups' scales."""
+    values = _grids.grid(name, indices.device)[indices.long()].flatten(-2)
+    return _grouped(values * (1 - 2 * negative.float()), scales)
+
+
+def _even_bits(fields: Tensor) -> Tensor:
+    """Bits of seven-bit fields, each with an eighth that makes the sum even: ``(..., 8 n)``."""
+    seven = _fields(fields, 1, 7).unflatten(-1, (-1, 7))
+    return torch.cat([seven, seven.sum(-1, keepdim=True) & 1], dim=-1).flatten(-2)
+
+
+@_register("iq2_xxs", type_id=16, block_elems=256, block_bytes=66)
+def _iq2_xxs(blocks: Tensor) -> Tensor:
+    # For 32 elements: four indices, then a word of four times seven signs and a scale.
+    indices, words = blocks[..., 2:66].unflatten(-1, (8, 2, 4)).unbind(-2)
+    words = _integers(words.flatten(-2), 4)
+    scales = _half(blocks, 0) * (0.5 + (words >> 28).float()) * 0.25
+    negative = _even_bits(_fields(words, 7, 4))
+    return _signed_grid("iq2_xxs", indices.flatten(-2), negative, scales)
+
+
+@_register("iq2_xs", type_id=17, block_elems=256, block_bytes=74)
+def _iq2_xs(blocks: Tensor) -> Tensor:
+    words = _integers(blocks[..., 2:66], 2)
+    scales = _half(blocks, 0) * (0.5 + _fields(blocks[..., 66:74], 4, 2).float()) * 0.25
+    return _signed_grid("iq2_xs", words & 511, _even_bits(words >> 9), scales)
+
+
+@_register("iq3_xxs", type_id=18, block_elems=256, block_bytes=98)
+def _iq3_xxs(blocks: Tensor) -> Tensor:
+    words = _integers(blocks[..., 66:98], 4)
+    scales = _half(blocks, 0) * (0.5 + (words >> 28).float()) * 0.5
+    return _signed_grid("iq3_xxs", blocks[..., 2:66], _even_bits(_fields(words, 7, 4)), scales)
+
+
+@_register("iq1_s", type_id=19, block_elems=256, block_bytes=50)
+def _iq1_s(blocks: Tensor) -> Tensor:
+    words = _integers(blocks[..., 34:50], 2)
+    indices = blocks[..., 2:34] | _fields(words, 3, 4) << 8
+    values = _grids.grid("iq1", blocks.device)[indices].flatten(-2).unflatten(-1, (8, 32))
+    delta = 0.125 - 0.25 * (words >> 15).float()
+    scales = _half(blocks, 0) * (2 * (words >> 12 & 7) + 1).float()
+    return _grouped((values + delta[..., None]).flatten(-2), scales)
+
+
+@_register("iq3_s", type_id=21, block_elems=256, block_bytes=110)
+def _iq3_s(blocks: Tensor) -> Tensor:
+    indices = blocks[..., 2:66] | _fields(blocks[..., 66:74], 1, 8).long() << 8
+    scales = _half(blocks, 0) * (1 + 2 * _fields(blocks[..., 106:110], 4, 2).float())
+    return _signed_grid("iq3_s", indices, _fields(blocks[..., 74:106], 1, 8), scales)
+
+
+@_register("iq2_s", type_id=22, block_elems=256, block_bytes=82)
+def _iq2_s(blocks: Tensor) -> Tensor:
+    indices = blocks[..., 2:34] | _fields(blocks[..., 66:74], 2, 4).long() << 8
+    scales = _half(blocks, 0) * (0.5 + _fields(blocks[..., 74:82], 4, 2).float()) * 0.25
+    return _signed_grid("iq2_s", indices, _fields(blocks[..., 34:66], 1, 8), scales)
+
+
+@_register("iq1_m", type_id=29, block_elems=256, block_bytes=56)
+def _iq1_m(blocks: Tensor) -> Tensor:
+    nibbles = _fields(blocks[..., 32:48], 4, 2)
+    indices = blocks[..., :32] | (nibbles & 7).long() << 8
+    delta = 0.125 - 0.25 * (nibbles >> 3).float()
+    values = _grids.grid("iq1", blocks.device)[indices] + delta[..., None]
+    # The four words of scales have a nibble of the block's own scale at the top of each.
+    nibbles = blocks[..., 49:56:2] >> 4
+    d = _half(nibbles[..., ::2] | nibbles[..., 1::2] << 4, 0)
+    scales = _fields(_integers(blocks[..., 48:56], 2), 3, 4)
+    return _grouped(values.flatten(-2), d * (2 * scales + 1).float())

@@ -90,6 +90,15 @@ void quantize_row_by_row(const float* x, const float* importance, void* blocks, 
   }
 }
 
+template <class Format>
+constexpr QuantizeRows row_by_row() {
+  if constexpr (kHasQuantizer<Format>) {
+    return quantize_row_by_row<Format>;
+  } else {
+    return nullptr;
+  }
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -99,7 +108,7 @@ const Kernels& kernels() {
 
 QuantizeRows quantizer(int format) {
   static constexpr QuantizeRows kRowByRow[] = {
-#define TORCH_Q4_ENTRY(Format) quantize_row_by_row<Format>,
+#define TORCH_Q4_ENTRY(Format) row_by_row<Format>(),
       TORCH_Q4_FORMATS(TORCH_Q4_ENTRY)
 #undef TORCH_Q4_ENTRY
   };

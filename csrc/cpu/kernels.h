@@ -129,7 +129,8 @@ extern const Kernels kAmxKernels;
 // one that this CPU lacks. Decided at the first call.
 const Kernels& kernels();
 
-// The fastest quantiser of a format. The bytes are those of Format::quantize_row on every CPU.
+// The fastest quantiser of a format that has one. The bytes are those of Format::quantize_row on
+// every CPU.
 QuantizeRows quantizer(int format);
 
 }  // namespace torch_q4::cpu

@@ -245,8 +245,84 @@ struct alignas(64) Panel {
   float shifts[16][16];
 };
 
+// The blocks of kLanes of the 16 packed rows, a row to a lane, as formats with a grid read them
+// (tables.h). `lines` holds the 16-byte chunks, whose words are in the order of rows there.
 template <class Format>
-void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
+struct RowLanes {
+  const uint8_t* block;
+  const uint8_t (*lines)[64];
+  int vector;
+
+  struct Place {
+    const uint8_t* word_of_rows;
+    int offset;
+
+    VecW word() const { return load_lanes(word_of_rows); }
+    VecW halfword() const { return word() >> 8 * (offset & 2) & 0xFFFFu; }
+    VecW byte() const { return word() >> 8 * (offset & 3) & 0xFFu; }
+  };
+  struct HalfPlace {
+    const uint8_t* from;
+    VecW halfword() const { return load_half_lanes(from); }
+  };
+
+  template <int kFirst>
+  auto at(int offset) const {
+    constexpr int kSize = Format::kChunks[kFirst].size;
+    if constexpr (kSize == 16) {
+      return Place{lines[4 * kFirst + offset / 4] + 4 * kLanes * vector, offset};
+    } else if constexpr (kSize == 4) {
+      const uint8_t* from = block + chunk_start<Format>(kFirst) + 64 * (offset / 4);
+      return Place{from + 4 * kLanes * vector, offset};
+    } else {
+      static_assert(kSize == 2);
+      return HalfPlace{block + chunk_start<Format>(kFirst) + 2 * kLanes * vector};
+    }
+  }
+};
+
+// A block of 16 rows of a format with a grid, taken apart.
+template <class Format>
+void unpack_grid_panel(const uint8_t* tile, Panel& panel) {
+  constexpr int kGroups = Format::kBlockElems / Format::kGroupElems;
+  constexpr int kLines = [] {
+    int count = 0;
+    while (Format::kChunks[count].size == 16) ++count;
+    return count;
+  }();
+  alignas(64) uint8_t words[4 * kLines][64];
+  for (int i = 0; i < kLines; ++i) {
+    Bytes lines[16 / kLineRows];
+    for (int part = 0; part < 16 / kLineRows; ++part) {
+      lines[part] = load_bytes(tile + 256 * i + 16 * kLineRows * part);
+    }
+    transpose_words(lines, words[4 * i]);
+  }
+#pragma GCC unroll 2
+  for (int segment = 0; segment < 16; ++segment) {
+    for (int v = 0; v < kRowVectors; ++v) {
+      VecW codes[4];
+      Format::segment(RowLanes<Format>{tile, words, v}, segment, codes);
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(panel.codes[4 * segment + i] + 4 * kLanes * v, &codes[i], sizeof(VecW));
+      }
+    }
+  }
+  for (int v = 0; v < kRowVectors; ++v) {
+    const RowLanes<Format> rows = {tile, words, v};
+    const VecW block_scales = Format::block_scale_bits(rows);
+    float d[kLanes];
+    for (int r = 0; r < kLanes; ++r) d[r] = half_to_float(static_cast<uint16_t>(block_scales[r]));
+    for (int g = 0; g < kGroups; ++g) {
+      const VecW bits = Format::scale_bits(rows, g);
+      float* scales = panel.scales[g] + kLanes * v;
+      for (int r = 0; r < kLanes; ++r) scales[r] = Format::scale(d[r], bits[r]);
+    }
+  }
+}
+
+template <class Format>
+void unpack_block_panels(const uint8_t* tile, int blocks, Panel& panel) {
   constexpr int kSegments = Format::kBlockElems / 16;
   constexpr int kGroups = Format::kBlockElems / Format::kGroupElems;
   for (int b = 0; b < blocks; ++b, tile += kTileRows * kBlockBytes<Format>) {
@@ -266,6 +342,19 @@ void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
     }
     Format::packed_scales(PackedRows<Format>{tile, 0}, panel.scales + b * kGroups,
                           panel.shifts + b * kGroups);
+  }
+}
+
+template <class Format>
+void unpack_panel(const uint8_t* tile, int blocks, Panel& panel) {
+  if constexpr (kHasGrid<Format>) {
+    for (int at = 0; at < kTileBytes<Format>; at += 64) {
+      __builtin_prefetch(tile + kNearBytes + at, 0, 3);
+      __builtin_prefetch(tile + kFarBytes + at, 0, 2);
+    }
+    return unpack_grid_panel<Format>(tile, panel);
+  } else {
+    unpack_block_panels<Format>(tile, blocks, panel);
   }
 }
 

@@ -554,4 +554,37 @@ inline Bytes choose(bool first, Bytes a, Bytes b) { return first ? a : b; }
 
 constexpr int kRowVectors = 16 / kLanes;
 
+// ---- for formats with a grid (kernels/formats/tables.h)
+
+// kLanes words, which operators of C++ work on.
+using VecW = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+inline VecW load_lanes(const uint8_t* from) {
+  VecW words;
+  std::memcpy(&words, from, sizeof(words));
+  return words;
+}
+inline VecW load_half_lanes(const uint8_t* from) {
+  uint16_t halves[kLanes];
+  std::memcpy(halves, from, sizeof(halves));
+  VecW words;
+  for (int r = 0; r < kLanes; ++r) words[r] = halves[r];
+  return words;
+}
+// The entry at each index.
+template <class Grid>
+inline VecW grid_entry(const Grid& grid, VecW indices) {
+#if defined(__AVX512VNNI__)
+  const __m512i found = _mm512_i32gather_epi32((__m512i)indices, grid.entries, 2);
+  return (VecW)found & 0xFFFFu;
+#elif defined(__AVX2__)
+  const auto* entries = reinterpret_cast<const int*>(grid.entries);
+  return (VecW)_mm256_i32gather_epi32(entries, (__m256i)indices, 2) & 0xFFFFu;
+#else
+  VecW found;
+  for (int r = 0; r < kLanes; ++r) found[r] = grid.entries[indices[r]];
+  return found;
+#endif
+}
+
 }  // namespace TORCH_Q4_NAMESPACE

@@ -32,12 +32,23 @@
 //                            chunks by their number: half<i>(), word<i>(), halfword<i>(), byte<i>()
 //   quantize_row(x, importance, blocks, n)
 //                            n floats to n / kBlockElems blocks; importance is null or n weights.
-//                            csrc/cpu/quantizers.h may have the same for many blocks at a time
+//                            csrc/cpu/quantizers.h may have the same for many blocks at a time. A
+//                            format may do without, and is then only read
+//
+// A format whose codes are rows of a grid is a GridFormat, which has unpack, packed_codes and
+// part_scales for it: tables.h says what it wants instead.
 //
 // To add one: write its header, name it in TORCH_Q4_FORMATS, add its reference to
 // torch_q4/formats.py. Every kernel and test follows from the list.
 #pragma once
 
+#include "iq1_m.h"
+#include "iq1_s.h"
+#include "iq2_s.h"
+#include "iq2_xs.h"
+#include "iq2_xxs.h"
+#include "iq3_s.h"
+#include "iq3_xxs.h"
 #include "iq4_nl.h"
 #include "iq4_xs.h"
 #include "mxfp4.h"
@@ -77,4 +88,20 @@
   X(NVFP4)                  \
   X(Q1_0)                   \
   X(Q2_0)                   \
-  X(Q4_0_F32)
+  X(Q4_0_F32)               \
+  X(IQ2_XXS)                \
+  X(IQ2_XS)                 \
+  X(IQ3_XXS)                \
+  X(IQ1_S)                  \
+  X(IQ3_S)                  \
+  X(IQ2_S)                  \
+  X(IQ1_M)
+
+namespace TORCH_Q4_NAMESPACE {
+
+template <class Format, class = void>
+constexpr bool kHasQuantizer = false;
+template <class Format>
+constexpr bool kHasQuantizer<Format, std::void_t<decltype(&Format::quantize_row)>> = true;
+
+}  // namespace TORCH_Q4_NAMESPACE

@@ -51,6 +51,10 @@ struct StageRow : SmallChunks<Format, StageRow<Format>> {
     constexpr int kOffset = place(chunk_start<Format>(kIndex));
     return block + kOffset + Format::kChunks[kIndex].size * row;
   }
+  template <int kFirst>
+  TORCH_Q4_DEVICE const uint8_t* place_of(int offset) const {
+    return block + place(packed_place<Format, kFirst>(offset, row));
+  }
 };
 
 // Where a stage is in the ring, and the parity of the phase that its barriers are in.

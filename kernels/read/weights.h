@@ -64,6 +64,30 @@ struct SmallChunks {
     return half_to_float(static_cast<uint16_t>(halfword<kIndex>()));
   }
 
+  // For formats with a grid (formats/tables.h), whose words, halfwords and bytes are read where
+  // they are used. Row says where a byte of a run of chunks lies.
+  template <int kAlign>
+  struct Place {
+    const uint8_t* from;
+
+    TORCH_Q4_DEVICE uint32_t word() const { return load_word<kAlign>(from); }
+    TORCH_Q4_DEVICE uint32_t halfword() const {
+      static_assert(kAlign >= 2);
+      return *reinterpret_cast<const uint16_t*>(from);
+    }
+    TORCH_Q4_DEVICE uint32_t byte() const { return *from; }
+  };
+  template <int kFirst>
+  TORCH_Q4_DEVICE auto at(int offset) const {
+    constexpr int kAlign = Row::template kSmallAlign<kFirst>;
+    return Place<kAlign>{static_cast<const Row*>(this)->template place_of<kFirst>(offset)};
+  }
+  TORCH_Q4_DEVICE Bytes grid_codes(int segment) const {
+    Bytes codes;
+    Format::segment(static_cast<const Row&>(*this), segment, codes.w);
+    return codes;
+  }
+
  private:
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* chunk() const {
@@ -103,6 +127,10 @@ struct PackedRow : SmallChunks<Format, PackedRow<Format>> {
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return chunk(chunk_start<Format>(kIndex), Format::kChunks[kIndex].size, row);
+  }
+  template <int kFirst>
+  TORCH_Q4_DEVICE const uint8_t* place_of(int offset) const {
+    return group + (start + static_cast<uint32_t>(packed_place<Format, kFirst>(offset, row)));
   }
 };
 
@@ -160,6 +188,10 @@ struct CanonicalRow : SmallChunks<Format, CanonicalRow<Format>> {
   template <int kIndex>
   TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
     return block + Format::kChunks[kIndex].offset;
+  }
+  template <int kFirst>
+  TORCH_Q4_DEVICE const uint8_t* place_of(int offset) const {
+    return block + Format::kChunks[kFirst].offset + offset;
   }
 };
 

@@ -73,6 +73,36 @@ std::vector<float> reference_values(const std::vector<uint8_t>& blocks) {
   return values;
 }
 
+// n rows of k weights of ordinary size. Where there is no quantiser blocks are random bytes, of
+// which those stay whose values could be weights.
+template <class Format>
+std::vector<uint8_t> make_weight(Random& random, int64_t n, int64_t k) {
+  constexpr size_t kBytes = sizeof(typename Format::Block);
+  const int64_t row_blocks = k / Format::kBlockElems;
+  std::vector<uint8_t> blocks(n * row_blocks * kBytes);
+  if constexpr (kHasQuantizer<Format>) {
+    const std::vector<float> dense = normals(random, n * k);
+    std::vector<typename Format::Block> row_of_blocks(row_blocks);
+    for (int64_t row = 0; row < n; ++row) {
+      Format::quantize_row(dense.data() + row * k, nullptr, row_of_blocks.data(), k);
+      std::memcpy(blocks.data() + row * row_blocks * kBytes, row_of_blocks.data(),
+                  row_blocks * kBytes);
+    }
+  } else {
+    std::vector<uint8_t> block(kBytes);
+    for (size_t at = 0; at < blocks.size(); at += kBytes) {
+      double squares;
+      do {
+        for (uint8_t& byte : block) byte = static_cast<uint8_t>(random.bits());
+        squares = 0;
+        for (const float value : reference_values<Format>(block)) squares += value * value;
+      } while (!(squares > Format::kBlockElems / 16 && squares < Format::kBlockElems * 16));
+      std::memcpy(blocks.data() + at, block.data(), kBytes);
+    }
+  }
+  return blocks;
+}
+
 // The form for several blocks at a time against quantize_row, byte for byte.
 template <class Format>
 void test_quantiser(const Kernels& kernels, int format, int64_t rows, int64_t n) {
@@ -124,15 +154,8 @@ void test_products(const Kernels& kernels, int format, const Problem& p) {
   const std::string what = std::string(kernels.isa) + " " + Format::kName + " " +
                            std::to_string(p.m) + "x" + std::to_string(p.n) + "x" +
                            std::to_string(p.k);
-  const std::vector<float> dense = normals(random, p.n * p.k);
   // Exactly as many bytes as there are: the address sanitizer sees every byte past them.
-  std::vector<uint8_t> blocks(p.n * (p.k / Format::kBlockElems) * sizeof(typename Format::Block));
-  for (int64_t row = 0; row < p.n; ++row) {
-    const int64_t bytes = blocks.size() / p.n;
-    std::vector<typename Format::Block> quantized(p.k / Format::kBlockElems);
-    Format::quantize_row(dense.data() + row * p.k, nullptr, quantized.data(), p.k);
-    std::memcpy(blocks.data() + row * bytes, quantized.data(), bytes);
-  }
+  const std::vector<uint8_t> blocks = make_weight<Format>(random, p.n, p.k);
   const std::vector<float> w = reference_values<Format>(blocks);
   const std::vector<float> x = normals(random, p.m * p.k), bias = normals(random, p.n);
 
@@ -250,15 +273,7 @@ void test_products(const Kernels& kernels, int format, const Problem& p) {
 }
 
 template <class Format>
-void test_format(const Kernels& kernels, int format) {
-  for (const int64_t m : {1, 2, 4, 5, 13, 30, 49}) {
-    for (const int64_t n : {1, 16, 39}) {
-      for (const int64_t k : {256, 512, 1280}) test_products<Format>(kernels, format, {m, n, k});
-      if (Format::kBlockElems == 32) {
-        for (const int64_t k : {32, 288, 736}) test_products<Format>(kernels, format, {m, n, k});
-      }
-    }
-  }
+void test_quantisers(const Kernels& kernels, int format) {
   for (const int64_t rows : {1, 2, 15, 16, 33}) {
     for (const int64_t blocks : {1, 3, 16}) {
       test_quantiser<Format>(kernels, format, rows, blocks * Format::kBlockElems);
@@ -283,6 +298,19 @@ void test_format(const Kernels& kernels, int format) {
       quantize_rows(row.data(), weights.data(), out.data(), 1, 256);
     }
   }
+}
+
+template <class Format>
+void test_format(const Kernels& kernels, int format) {
+  for (const int64_t m : {1, 2, 4, 5, 13, 30, 49}) {
+    for (const int64_t n : {1, 16, 39}) {
+      for (const int64_t k : {256, 512, 1280}) test_products<Format>(kernels, format, {m, n, k});
+      if (Format::kBlockElems == 32) {
+        for (const int64_t k : {32, 288, 736}) test_products<Format>(kernels, format, {m, n, k});
+      }
+    }
+  }
+  if constexpr (kHasQuantizer<Format>) test_quantisers<Format>(kernels, format);
 }
 
 void test_conversions(const Kernels& kernels) {
