@@ -33,11 +33,15 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in FLOATS}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test with an argument ``fmt`` runs for every format, one with ``dtype`` for every dtype."""
-    if "fmt" in metafunc.fixturenames:
-        metafunc.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.name)
-    if "ggml_fmt" in metafunc.fixturenames:
-        metafunc.parametrize("ggml_fmt", GGML_FORMATS, ids=lambda fmt: fmt.name)
+    """A test with an argument ``fmt`` runs for every format, one with ``dtype`` for every dtype.
+
+    One that is marked ``quantises`` runs for every format with a quantiser.
+    """
+    quantises = metafunc.definition.get_closest_marker("quantises") is not None
+    for name, found in (("fmt", ALL_FORMATS), ("ggml_fmt", GGML_FORMATS)):
+        if name in metafunc.fixturenames:
+            chosen = [fmt for fmt in found if fmt.quantizes or not quantises]
+            metafunc.parametrize(name, chosen, ids=lambda fmt: fmt.name)
     if "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -81,11 +85,28 @@ def gguf_kind(fmt: Format) -> Any:
         pytest.skip(f"gguf is older than {fmt.name}")
 
 
-def random_blocks(fmt: Format, rows: int, columns: int) -> Tensor:
-    """Blocks of normally distributed weights: what a model's look like."""
+def random_blocks(fmt: Format, rows: int, columns: int, size: float = 1) -> Tensor:
+    """Blocks of weights of about that size, normally distributed where there is a quantiser."""
     import torch_q4
 
-    return torch_q4.quantize(torch.randn(rows, columns), fmt)
+    if fmt.quantizes:
+        return torch_q4.quantize(torch.randn(rows, columns) * size, fmt)
+    pool = _tame_blocks(fmt, size)
+    chosen = torch.randint(len(pool), (rows, columns // fmt.block_elems))
+    return pool[chosen].flatten(-2)
+
+
+@functools.cache
+def _tame_blocks(fmt: Format, wanted: float) -> Tensor:
+    """Blocks of random bytes, of which those stay whose values could be a model's weights."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1 << 15, fmt.block_bytes)
+    blocks = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    size = fmt.reference(blocks).double().square().mean(-1).sqrt()
+    # Of a NaN neither is true.
+    found = blocks[(size > wanted / 2) & (size < wanted * 2)]
+    assert len(found) > 100, fmt
+    return found
 
 
 def dense64(blocks: Tensor, fmt: Format) -> Tensor:

@@ -100,7 +100,7 @@ def main() -> None:
     found, seed = {}, int(sys.argv[2]) if len(sys.argv) > 2 else 0
     for kind, x in rows(seed).items():
         for name, importance in importances(x.shape[1], seed).items():
-            for fmt in formats.all():
+            for fmt in (fmt for fmt in formats.all() if fmt.quantizes):
                 found[kind, name, fmt.name] = torch_q4.quantize(x, fmt, importance)
     torch.save((torch_q4.cpu_isa(), found), sys.argv[1])
 

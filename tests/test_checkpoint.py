@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_blocks
 from torch import nn
 
 import torch_q4
@@ -106,7 +107,7 @@ def test_header_says_the_formats(tmp_path: Path) -> None:
 
 def test_tensors_of_every_format(tmp_path: Path, fmt: formats.Format) -> None:
     """Also of the format that GGUF cannot hold."""
-    blocks = torch_q4.quantize(torch.randn(5, 512), fmt)
+    blocks = random_blocks(fmt, 5, 512)
     plain = torch.randn(3, dtype=torch.float64)
     tensors: dict[str, Any] = {"w": (blocks, fmt.name), "p": plain, "e": torch.empty(0, 4)}
     torch_q4.save_safetensors(tmp_path / "a.safetensors", tensors)

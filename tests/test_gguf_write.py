@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import gguf_kind
+from conftest import gguf_kind, random_blocks
 
 import torch_q4
 from torch_q4 import GGUFMetadata, formats, save_gguf
@@ -109,7 +109,7 @@ def test_a_file_keeps_what_it_was_read_with(
 
 
 def test_as_gguf_reads_it(tmp_path: Path, ggml_fmt: formats.Format) -> None:
-    blocks = torch_q4.quantize(torch.randn(3, 512), ggml_fmt)
+    blocks = random_blocks(ggml_fmt, 3, 512)
     plain = torch.randn(2, 3, 4)
     tensors = {"w": (blocks, ggml_fmt.name), "p": plain, "b": torch.ones(5, dtype=torch.bfloat16)}
     save_gguf(tmp_path / "a.gguf", tensors, {"general.architecture": "x", "n": 3, "e": []})

@@ -207,7 +207,7 @@ def test_each_row_of_activations_has_its_own_scale(fmt) -> None:
 @pytest.mark.parametrize("value", [1e37, 1e38, 3e38])
 def test_huge_activations_do_not_overflow(fmt, compute, value) -> None:
     """Sums of products with codes, whose scales come in later, would pass float32's limit."""
-    blocks = torch_q4.quantize(torch.randn(37, 512) * 1e-3, fmt)
+    blocks = random_blocks(fmt, 37, 512, 1e-3)
     w = dense64(blocks, fmt)
     for m in (1, 2, 4, 5, 20, 200):
         x = torch.randn(m, 512)

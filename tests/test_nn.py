@@ -67,6 +67,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.quantises
 def test_from_linear(fmt) -> None:
     linear = nn.Linear(512, 20)
     layer = QuantLinear.from_linear(linear, fmt)
@@ -81,6 +82,7 @@ def test_from_linear(fmt) -> None:
     assert torch.equal(layer.dequantize().double(), dense64(layer.weight, fmt))
 
 
+@pytest.mark.quantises
 def test_from_linear_with_importance(fmt) -> None:
     linear = nn.Linear(512, 20, bias=False)
     importance = torch.rand(512)
@@ -132,6 +134,7 @@ def test_wrong_input_width_raises() -> None:
         layer(torch.randn(2, 128))
 
 
+@pytest.mark.quantises
 def test_embedding_module(fmt, dtype) -> None:
     table = nn.Embedding(30, 256, padding_idx=3).to(dtype)
     module = QuantEmbedding.from_embedding(table, fmt)
@@ -144,6 +147,7 @@ def test_embedding_module(fmt, dtype) -> None:
     assert (module.num_embeddings, module.embedding_dim) == (30, 256)
 
 
+@pytest.mark.quantises
 def test_casts_leave_blocks_alone(fmt) -> None:
     model = nn.Sequential(nn.Embedding(30, 256), nn.Linear(256, 256), nn.Linear(256, 8))
     quantize_(model, fmt)
@@ -172,6 +176,7 @@ def test_repr() -> None:
     )
 
 
+@pytest.mark.quantises
 def test_deepcopy_and_pickle(fmt) -> None:
     model = nn.Sequential(nn.Embedding(30, 256), nn.Linear(256, 8))
     quantize_(model, fmt, compute="int8")
@@ -183,6 +188,7 @@ def test_deepcopy_and_pickle(fmt) -> None:
         assert other[1].format == fmt.name
 
 
+@pytest.mark.quantises
 def test_state_dict_round_trip(fmt) -> None:
     source = QuantLinear.from_linear(nn.Linear(512, 20), fmt)
     state = source.state_dict()
@@ -199,6 +205,7 @@ def test_state_dict_round_trip(fmt) -> None:
     assert torch.equal(target(x), source(x))
 
 
+@pytest.mark.quantises
 def test_state_dict_of_a_model_round_trips_through_safetensors(fmt, tmp_path) -> None:
     import safetensors.torch
 
@@ -234,6 +241,7 @@ def test_loading_a_wrong_shape_is_refused() -> None:
         QuantLinear(512, 8, "q4_k").load_state_dict(state)
 
 
+@pytest.mark.quantises
 def test_meta_construction_and_assign(fmt) -> None:
     source = QuantLinear.from_linear(nn.Linear(512, 20), fmt)
     for meta in (QuantLinear(512, 20, fmt, device="meta"), _under_meta(512, 20, fmt)):
@@ -431,6 +439,7 @@ def test_subclasses_are_left_alone() -> None:
     assert quantize_(model, "q4_0").quantized == {}
 
 
+@pytest.mark.quantises
 def test_rows_that_do_not_fit_get_a_shorter_format(fmt) -> None:
     """As llama.cpp's recipes have it; not where that is turned off."""
     columns = 96

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import quantize_cases
 import torch
-from conftest import dense64, golden
+from conftest import ALL_FORMATS, dense64, golden
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_q4
 
 TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.quantises
 
 
 def test_matches_golden(ggml_fmt) -> None:
@@ -191,3 +193,19 @@ def test_values_are_not_looked_at_where_there_are_none() -> None:
     assert torch.compile(call, fullgraph=True, backend="eager")(w).shape == (2, 68)
     for mode in ("real", "fake", "symbolic"):
         assert make_fx(call, tracing_mode=mode)(w)(w).shape == (2, 68)
+
+
+@pytest.mark.parametrize("name", [fmt.name for fmt in ALL_FORMATS if not fmt.quantizes])
+def test_a_format_without_a_quantiser_is_refused(name) -> None:
+    words = rf"quantize: format must be one that .*llama-quantize .*; got {name}$"
+    w, linear = torch.randn(2, 256), torch.nn.Linear(256, 2)
+    with pytest.raises(ValueError, match=words):
+        torch_q4.quantize(w, name)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.torch_q4.quantize(w, torch_q4.formats.get(name).type_id)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.torch_q4.quantize(w.to("meta"), torch_q4.formats.get(name).type_id)
+    with pytest.raises(ValueError, match=words):
+        torch_q4.QuantLinear.from_linear(linear, name)
+    with pytest.raises(ValueError, match=r"quantize_: .*llama-quantize .*; got"):
+        torch_q4.quantize_(torch.nn.Sequential(linear), name)

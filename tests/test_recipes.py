@@ -228,6 +228,7 @@ def test_refused() -> None:
         recipes.choose("q4_k_m", tensors, None, pure=True, overrides=[("(", "q4_0")])
 
 
+@pytest.mark.quantises
 def test_fitting(fmt) -> None:
     assert recipes.fitting(fmt, 512) == fmt
     assert recipes.fitting(fmt, 40) is None

@@ -466,12 +466,15 @@ def _format_or_mix(fmt: FormatLike | recipes.Recipe) -> Format | recipes.Recipe:
     if isinstance(fmt, recipes.Recipe):
         return fmt
     try:
-        return formats.get(fmt)
+        found = formats.get(fmt)
     except TypeError as error:
         raise TypeError(f"quantize_: {error}") from None
     except ValueError:
         pass
-    names = [each.name for each in formats.all()]
+    else:
+        found.check_quantizes("quantize_")
+        return found
+    names = [each.name for each in formats.all() if each.quantizes]
     mixes = [each.name for each in recipes.all() if each.name not in names]
     if isinstance(fmt, str) and fmt.lower() in mixes:
         return recipes.get(fmt)

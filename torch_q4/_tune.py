@@ -284,12 +284,18 @@ def _weights(
 ) -> list[Tensor]:
     """Copies of a random weight that have so many bytes together.
 
-    Its rows are those of a small weight in random order: quantising takes its time.
+    Its rows are those of a small weight in random order: quantising takes its time. A format
+    without a quantiser has random bytes, whose products are as fast.
     """
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(min(n, _TILE_ROWS), k, generator=generator, device="cpu")
-    order = torch.randint(len(values), (n,), generator=generator, device="cpu")
-    blocks = quantize(values, fmt).to(device)[order.to(device)]
+    some = min(n, _TILE_ROWS)
+    order = torch.randint(some, (n,), generator=generator, device="cpu")
+    if fmt.quantizes:
+        small = quantize(torch.randn(some, k, generator=generator, device="cpu"), fmt)
+    else:
+        shape = (some, fmt.row_bytes(k))
+        small = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+    blocks = small.to(device)[order.to(device)]
     if packed:
         _ops.pack_.default(blocks, fmt.type_id)
     # A weight that fills the cache by itself pushes its own beginning out.

@@ -371,7 +371,9 @@ def _override(text: str) -> tuple[str, formats.Format]:
         raise argparse.ArgumentTypeError(f"must be PATTERN=FORMAT, got {text!r}")
     try:
         re.compile(pattern)
-        return pattern, formats.get(name)
+        fmt = formats.get(name)
+        fmt.check_quantizes("--tensor-type")
+        return pattern, fmt
     except re.error as error:
         raise argparse.ArgumentTypeError(
             f"PATTERN must be a regular expression, got {pattern!r}: {error}"
@@ -395,7 +397,8 @@ def _one_format(text: str) -> formats.Format:
 
 
 def _file_formats() -> list[formats.Format]:
-    return [fmt for fmt in formats.all() if fmt.type_id >= 0]
+    """What a file's tensors may be quantised to."""
+    return [fmt for fmt in formats.all() if fmt.type_id >= 0 and fmt.quantizes]
 
 
 def _version(package: str) -> str:

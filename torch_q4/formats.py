@@ -31,6 +31,7 @@ class Format:
         block_bytes: bytes in a block.
         quantize_error: mean squared error of quantising normally distributed weights, over their
             mean square, that the bits of the format allow; what is measured is 0.5 to 0.9 of it.
+            None for a format without a quantiser, which is only read.
         weighs_importance: whether the quantiser asks for the importance of columns. Where ggml's
             does not, neither does this one.
         reference: ``reference(blocks)`` decodes uint8 ``(..., block_bytes)`` to float32
@@ -41,9 +42,26 @@ class Format:
     type_id: int
     block_elems: int
     block_bytes: int
-    quantize_error: float = dataclasses.field(repr=False)
+    quantize_error: float | None = dataclasses.field(repr=False)
     weighs_importance: bool = dataclasses.field(repr=False)
     reference: Callable[[Tensor], Tensor] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether there is a quantiser for it."""
+        return self.quantize_error is not None
+
+    def check_quantizes(self, op: str) -> None:
+        """Refuses a format without a quantiser, in the name of ``op``.
+
+        Raises:
+            ValueError: the format has none.
+        """
+        if not self.quantizes:
+            raise ValueError(
+                f"{op}: format must be one that torch_q4 quantises to; llama.cpp's llama-quantize "
+                f"makes files of the others with an importance matrix; got {self.name}"
+            )
 
     @property
     def bits_per_weight(self) -> float:
@@ -86,7 +104,7 @@ def _register(
     *,
     block_elems: int,
     block_bytes: int,
-    error: float,
+    error: float | None = None,
     weighs: bool = True,
 ) -> Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
     def decorate(reference: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -115,6 +115,7 @@ def _check_columns(op: str, what: str, columns: int, fmt: Format) -> None:
 
 
 def _check_quantize(w: Tensor, fmt: Format, importance: Tensor | None) -> None:
+    fmt.check_quantizes("quantize")
     _check_float("quantize", "w", w.dtype)
     if w.dim() < 1:
         raise ValueError(f"quantize: w must have at least 1 dimension, got shape {_shape(w)}")
@@ -267,7 +268,8 @@ def quantize(w: Tensor, fmt: FormatLike, importance: Tensor | None = None) -> Te
         uint8 ``(..., K // block_elems * block_bytes)`` on the device of ``w``.
 
     Raises:
-        ValueError: unknown format, a shape that does not fit, or values that are not finite.
+        ValueError: unknown format, one that has no quantiser (``Format.quantizes``), a shape that
+            does not fit, or values that are not finite.
         TypeError: a dtype that is not supported.
     """
     found = _format("quantize", fmt)

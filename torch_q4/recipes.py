@@ -258,6 +258,8 @@ def wanted(
             f"quantize: a pattern must be a regular expression, got {error.pattern!r}: {error}"
         ) from error
 
+    for _, fmt in patterns:
+        fmt.check_quantizes("quantize")
     rules = _Rules(recipe, facts, [info.name for info in tensors], has_importance)
     found: dict[str, Format | None] = {}
     for info in sorted(tensors, key=lambda info: _layer_then_name(info.name)):

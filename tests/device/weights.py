@@ -166,6 +166,7 @@ def _golden_blocks(name: str, kinds: tuple[str, ...]) -> tuple[np.ndarray, np.nd
     """All golden blocks of a format, (count, bytes), and their values, (count, elements)."""
     fmt = all_formats()[name]
     data = golden()
+    kinds = tuple(kind for kind in kinds if f"{name}_{kind}blocks" in data)
     blocks = [data[f"{name}_{kind}blocks"].reshape(-1, fmt.block_bytes) for kind in kinds]
     values = [data[f"{name}_{kind}values"].reshape(-1, fmt.block_elems) for kind in kinds]
     return np.concatenate(blocks), np.concatenate(values)

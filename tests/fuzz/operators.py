@@ -69,7 +69,7 @@ def not_of_arguments(words: str) -> bool:
 
 def fitting(rng: random.Random, op: str) -> dict[str, Any]:
     """Arguments of an operator that has tensors among them."""
-    fmt = rng.choice(formats.all())
+    fmt = rng.choice([fmt for fmt in formats.all() if fmt.quantizes or op != "quantize"])
     n, m = rng.choice((1, 3, 16, 17, 33)), rng.choice((1, 2, 5, 20))
     k = fmt.block_elems * rng.choice((1, 2, 3))
     blocks = random_weight(rng, fmt, n, k)[0]

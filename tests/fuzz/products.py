@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from conftest import random_blocks
 from torch import Tensor
 
 import torch_q4
@@ -28,9 +29,10 @@ def generator(rng: random.Random) -> torch.Generator:
 
 @functools.lru_cache(200)
 def weights(name: str, columns: int) -> tuple[Tensor, Tensor]:
-    """A few rows of normally distributed weights: their blocks, and float64 values."""
-    made = torch.Generator().manual_seed(columns)
-    blocks = torch_q4.quantize(torch.randn(24, columns, generator=made), name)
+    """A few rows of weights: their blocks, and float64 values."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(columns)
+        blocks = random_blocks(formats.get(name), 24, columns)
     return blocks, dense64(blocks, formats.get(name))
 
 

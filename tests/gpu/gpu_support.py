@@ -52,11 +52,12 @@ def weight(fmt: Format, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     A tall weight repeats the rows of a smaller one in random order: quantising takes its time.
     """
-    generator = torch.Generator().manual_seed(n * 1_000_003 + k)
     some = min(n, 256)
-    blocks = torch_q4.quantize(torch.randn(some, k, generator=generator), fmt)
-    if n > some:
-        blocks = blocks[torch.randint(some, (n,), generator=generator)]
+    with torch.random.fork_rng(devices=()), torch.device("cpu"):
+        torch.manual_seed(n * 1_000_003 + k)
+        blocks = random_blocks(fmt, some, k)
+        if n > some:
+            blocks = blocks[torch.randint(some, (n,))]
     packed = torch_q4.pack(blocks, fmt)
     return blocks.to(DEVICE), packed.to(DEVICE), dense64(blocks, fmt).to(DEVICE)
 

@@ -102,6 +102,7 @@ def test_pack_of_misaligned_views(fmt) -> None:
 
 
 # q4_0 and q8_0 have kernels of their own; the other formats' quantisers run on the CPU.
+@pytest.mark.quantises
 def test_quantize(fmt) -> None:
     for dtype in FLOATS:
         w = torch.cat([torch.randn(5, 1024), torch.zeros(1, 1024), 1e3 * torch.randn(1, 1024)])
@@ -113,6 +114,7 @@ def test_quantize(fmt) -> None:
         assert torch.equal(got.cpu(), torch_q4.quantize(w[::2, 256:768].reshape(2, 2, 512), fmt))
 
 
+@pytest.mark.quantises
 def test_quantize_matches_golden(ggml_fmt) -> None:
     x, importance = (torch.from_numpy(golden()[name]) for name in ("x", "imatrix"))
     for weights, kind in ((None, ""), (importance.to(DEVICE), "imatrix_")):
@@ -120,6 +122,7 @@ def test_quantize_matches_golden(ggml_fmt) -> None:
         assert torch.equal(torch_q4.quantize(x.to(DEVICE), ggml_fmt, weights).cpu(), wanted)
 
 
+@pytest.mark.quantises
 def test_quantize_of_nothing(fmt) -> None:
     for shape in ((0, 256), (3, 0), (2, 0, 512)):
         got = torch_q4.quantize(torch.empty(shape, device=DEVICE), fmt)

@@ -25,6 +25,7 @@ def small_model(fmt) -> nn.Sequential:
     return model
 
 
+@pytest.mark.quantises
 def test_to_the_device_and_back(fmt) -> None:
     model = small_model(fmt)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -40,6 +41,7 @@ def test_to_the_device_and_back(fmt) -> None:
     assert torch.equal(model(ids), wanted)
 
 
+@pytest.mark.quantises
 def test_quantized_on_the_device(fmt) -> None:
     """Quantising there gives the bytes that it gives here."""
     plain = nn.Sequential(nn.Embedding(50, 256), nn.Linear(256, 48))
@@ -51,6 +53,7 @@ def test_quantized_on_the_device(fmt) -> None:
     assert torch.equal(there[0].blocks.cpu(), plain[0].blocks)
 
 
+@pytest.mark.quantises
 def test_state_dict_crosses_devices(fmt) -> None:
     source = small_model(fmt)
     target = nn.Sequential(
@@ -65,6 +68,7 @@ def test_state_dict_crosses_devices(fmt) -> None:
     assert torch.equal(again(ids), source(ids))
 
 
+@pytest.mark.quantises
 def test_deepcopy_on_the_device(fmt) -> None:
     model = small_model(fmt).to(DEVICE)
     ids = torch.arange(50, device=DEVICE)
@@ -75,6 +79,7 @@ def test_deepcopy_on_the_device(fmt) -> None:
     assert torch.equal(other(ids), wanted)
 
 
+@pytest.mark.quantises
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_dtypes_follow_the_module(fmt, dtype, compute) -> None:
     model = small_model(fmt).to(DEVICE, dtype)
@@ -86,6 +91,7 @@ def test_dtypes_follow_the_module(fmt, dtype, compute) -> None:
     assert bool(y.isfinite().all())
 
 
+@pytest.mark.quantises
 def test_from_linear(fmt) -> None:
     linear = nn.Linear(512, 20).to(DEVICE)
     importance = torch.rand(512).to(DEVICE)
@@ -102,6 +108,7 @@ def test_from_linear(fmt) -> None:
 # ---- language models -----------------------------------------------------------------------------
 
 
+@pytest.mark.quantises
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_random_llama(fmt, compute) -> None:
     """A whole transformer, prompt and single tokens, gives on the device what the CPU gives."""
@@ -198,6 +205,7 @@ def test_real_model_in_bfloat16(load: Any, pair: Any, compute: str) -> None:
     assert ids.shape[1] > inputs["input_ids"].shape[1]
 
 
+@pytest.mark.quantises
 def test_memory_on_the_device_is_the_blocks(fmt) -> None:
     """Moving a layer takes the blocks' bytes, not a dense weight's."""
     layer = QuantLinear.from_linear(nn.Linear(2048, 2048, bias=False), fmt).to(DEVICE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EPS
+from conftest import EPS, random_blocks
 from gpu_support import DEVICE, gpu_only, ops, randn, weight
 
 import torch_q4
@@ -35,8 +35,7 @@ def test_gradients_through_packed_blocks(fmt, dtype, compute) -> None:
 
 def test_gradcheck(fmt) -> None:
     """Finite differences: linear is linear, so a large step costs nothing in accuracy."""
-    blocks, _, w = weight(fmt, 4, 256)
-    blocks = torch_q4.quantize((w / 4).float(), fmt)
+    blocks = random_blocks(fmt, 4, 256, 0.25).to(DEVICE)
     x, bias = randn(2, 256).requires_grad_(), randn(4).requires_grad_()
 
     def function(x, bias):
