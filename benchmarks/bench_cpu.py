@@ -32,6 +32,7 @@ import ggml
 import torch
 import torch.nn.functional as F
 from cpu_report import BFLOAT16, FLOAT32, GGML, OURS, READ, Cell
+from random_weights import random_blocks
 from torch import Tensor
 
 import torch_q4
@@ -97,8 +98,8 @@ def copies_to_fill(weight_bytes: int, hot: bool) -> int:
 
 
 def example_blocks(fmt: Format, n: int, k: int) -> Tensor:
-    """A weight of normally distributed values; its rows repeat, to be quantised sooner."""
-    some = torch_q4.quantize(torch.randn(min(n, 128), k), fmt)
+    """A weight; its rows repeat, to be made sooner."""
+    some = random_blocks(fmt, min(n, 128), k)
     return some.repeat(-(-n // some.shape[0]), 1)[:n].contiguous()
 
 

@@ -47,6 +47,7 @@ import gpu_report
 import torch
 import torch.nn.functional as F
 from gpu_report import COPY, DENSE, DEQUANTIZE, INT8, LINEAR, READ, Cell, Decoding
+from random_weights import random_blocks
 from torch import Tensor
 
 import torch_q4
@@ -292,9 +293,8 @@ class Contender(_timing.Contender):
 
 @functools.cache
 def tile(format_name: str, k: int) -> Tensor:
-    """A few quantised rows of normally distributed values, on the CPU."""
-    generator = torch.Generator().manual_seed(k)
-    return torch_q4.quantize(torch.randn(TILE_ROWS, k, generator=generator), format_name)
+    """A few rows of a weight, on the CPU."""
+    return random_blocks(format_name, TILE_ROWS, k, torch.Generator().manual_seed(k))
 
 
 class Weight:

@@ -879,7 +879,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    names = [fmt.name for fmt in formats.all()]
+    names = [fmt.name for fmt in formats.all() if fmt.quantizes]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(

@@ -80,7 +80,7 @@ def measure(
 
 
 def main() -> None:
-    names = [fmt.name for fmt in formats.all()]
+    names = [fmt.name for fmt in formats.all() if fmt.quantizes]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", nargs="+", choices=names, default=names, metavar="FORMAT")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])

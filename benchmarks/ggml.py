@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from random_weights import random_blocks
 from torch import Tensor
 
 import torch_q4
@@ -440,7 +441,7 @@ def main() -> int:
     for fmt in formats.all():
         if fmt.type_id < 0:
             continue
-        blocks = torch_q4.quantize(torch.randn(64, 1024), fmt)
+        blocks = random_blocks(fmt, 64, 1024)
         for threads in (1, 2):
             ggml.set_threads(threads)
             for rows in (1, 5, 64):
