@@ -93,15 +93,15 @@ def random_blocks(fmt: Format, rows: int, columns: int, size: float = 1) -> Tens
         return torch_q4.quantize(torch.randn(rows, columns) * size, fmt)
     pool = _tame_blocks(fmt, size)
     chosen = torch.randint(len(pool), (rows, columns // fmt.block_elems))
-    return pool[chosen].flatten(-2)
+    return pool.to(chosen.device)[chosen].flatten(-2)
 
 
 @functools.cache
 def _tame_blocks(fmt: Format, wanted: float) -> Tensor:
     """Blocks of random bytes, of which those stay whose values could be a model's weights."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shape = (1 << 15, fmt.block_bytes)
-    blocks = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
     size = fmt.reference(blocks).double().square().mean(-1).sqrt()
     # Of a NaN neither is true.
     found = blocks[(size > wanted / 2) & (size < wanted * 2)]

@@ -34,6 +34,15 @@ def _read_constants(code: str) -> dict[str, Any]:
     return found
 
 
+class _Arguments(ctypes.Structure):
+    """A structure that refuses names which are no fields: ctypes would keep them beside it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in dict(self._fields_):
+            raise AttributeError(f"{type(self).__name__} has no field {name}")
+        super().__setattr__(name, value)
+
+
 def _read_structures(code: str) -> dict[str, type[ctypes.Structure]]:
     """Every structure of arguments, by name, in order."""
     types: dict[str, Any] = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32}
@@ -47,7 +56,7 @@ def _read_structures(code: str) -> dict[str, type[ctypes.Structure]]:
             kind, names = re.fullmatch(r"((?:const )?\w+\*?) ([\w, ]+)", declaration).groups()  # type: ignore[union-attr]
             ctype = ctypes.c_void_p if kind.endswith("*") else (types | structures)[kind]
             fields += [(name, ctype) for name in names.split(", ")]
-        structures[struct] = type(struct, (ctypes.Structure,), {"_fields_": fields})
+        structures[struct] = type(struct, (_Arguments,), {"_fields_": fields})
     return structures
 
 

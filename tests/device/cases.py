@@ -405,7 +405,7 @@ def _hopper_many_launcher(
         # What arrange leaves unwritten is NaN, which then must not get into other columns.
         arranged = session.output((args.arranged_bytes(a.m, a.k, columns) // 2,), np.uint16)
         order = args.ArrangeArgs(
-            x=a.x, out=arranged.address, m=a.m, k=a.k, columns=columns, block_elems=fmt.block_elems
+            x=a.x, out=arranged.address, m=a.m, k=a.k, x_rows=columns, block_elems=fmt.block_elems
         )
         session.launch(session.kernel(COMMON, "arrange"), args.arrange_grid(order), order)
         hopper_many.linear.x = None  # so that reading it is a fault
@@ -829,7 +829,7 @@ def _arrange(session: Session, function: int, rng: np.random.Generator, size: in
                     out=out.address,
                     m=m,
                     k=k,
-                    columns=columns,
+                    x_rows=columns,
                     block_elems=block_elems,
                 )
                 session.launch(function, args.arrange_grid(a), a)

@@ -272,8 +272,8 @@ def fake_arrange(fmt_name: str, name: str, a: Any) -> None:
     x = torch.nn.functional.pad(
         tensor_at(a.x, (a.m, a.k), torch.int16), (0, elements.numel() - a.k)
     )
-    out = arranged_at(a.out, a.m, a.k, a.columns)
-    for block, some in zip(out, x.split(a.columns), strict=True):
+    out = arranged_at(a.out, a.m, a.k, a.x_rows)
+    for block, some in zip(out, x.split(a.x_rows), strict=True):
         block[:, : len(some)] = some[:, elements].transpose(0, 1)
 
 
@@ -444,7 +444,7 @@ def test_mistakes_are_seen(tmp_path: Path, kernel: str, mistake: Any, words: str
 def swap_elements(name: str, a: Any) -> bool:
     """The first and the third element of x's first row take each other's place."""
     fake_arrange("common", name, a)
-    first = arranged_at(a.out, a.m, a.k, a.columns)[0, 0, 0]
+    first = arranged_at(a.out, a.m, a.k, a.x_rows)[0, 0, 0]
     first[:2] = first[[1, 0]]
     return True
 
@@ -453,13 +453,13 @@ def leave_rest(name: str, a: Any) -> bool:
     """Nothing is written past K."""
     fake_arrange("common", name, a)
     line, place = torch.nonzero(arranged_elements(a.k, a.block_elems) >= a.k, as_tuple=True)
-    arranged_at(a.out, a.m, a.k, a.columns)[:, line, :, place] = -1
+    arranged_at(a.out, a.m, a.k, a.x_rows)[:, line, :, place] = -1
     return True
 
 
 def write_columns_past_m(name: str, a: Any) -> bool:
     fake_arrange("common", name, a)
-    arranged_at(a.out, a.m, a.k, a.columns)[-1, :, (a.m - 1) % a.columns + 1 :] = 0
+    arranged_at(a.out, a.m, a.k, a.x_rows)[-1, :, (a.m - 1) % a.x_rows + 1 :] = 0
     return True
 
 
