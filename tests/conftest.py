@@ -111,13 +111,14 @@ def _tame_blocks(fmt: Format, wanted: float) -> Tensor:
 
 def dense64(blocks: Tensor, fmt: Format) -> Tensor:
     """The weights by the reference, in float64. Not to be written to: the last ones are kept."""
-    return _dense64(blocks.contiguous().numpy().tobytes(), blocks.shape, fmt)
+    kept = _dense64(blocks.cpu().contiguous().numpy().tobytes(), blocks.shape, fmt)
+    return kept.to(blocks.device)
 
 
 @functools.lru_cache(maxsize=2)
 def _dense64(data: bytes, shape: torch.Size, fmt: Format) -> Tensor:
-    blocks = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
-    split = blocks.to(torch.uint8).reshape(*shape[:-1], -1, fmt.block_bytes)
+    blocks = np.frombuffer(bytearray(data), dtype=np.uint8)
+    split = torch.from_numpy(blocks).reshape(*shape[:-1], -1, fmt.block_bytes)
     return fmt.reference(split).flatten(-2).double()
 
 

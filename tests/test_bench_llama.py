@@ -215,6 +215,7 @@ def test_packed_and_dense_weights_are_the_same() -> None:
     assert packed.step_bytes() == linears * 144 // 256 + norms
 
 
+@pytest.mark.quantises
 def test_rows_differ_and_keep_their_variance(fmt: Any) -> None:
     maker = bench.Maker(fmt, False, torch.float32, torch.device("cpu"), "exact")
     weight = maker.linear(512, 96).dequantize()

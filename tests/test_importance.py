@@ -226,6 +226,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
             load_importance(path)
 
 
+@pytest.mark.quantises
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_what_is_no_mean_of_squares(fmt: formats.Format, value: float) -> None:
     """As llama.cpp refuses what is not finite; a negative one would ask for the largest error."""

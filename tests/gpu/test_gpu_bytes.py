@@ -28,6 +28,8 @@ def test_dequantize(fmt, dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["", "imatrix_", "raw_"])
 def test_dequantize_matches_golden(ggml_fmt, kind) -> None:
+    if f"{ggml_fmt.name}_{kind}blocks" not in golden():
+        pytest.skip("ggml has no such quantiser")
     blocks = torch.from_numpy(golden()[f"{ggml_fmt.name}_{kind}blocks"]).to(DEVICE)
     wanted = torch.from_numpy(golden()[f"{ggml_fmt.name}_{kind}values"])
     assert same_values(torch_q4.dequantize(blocks, ggml_fmt), wanted)
