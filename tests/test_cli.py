@@ -535,6 +535,14 @@ def test_help_lists_the_commands(capsys) -> None:
             "must be PATTERN=FORMAT, got 'x'",
         ),
         (
+            ["quantize", "a", "b.gguf", "--type", "q4_0", "--tensor-type", "x=iq3_s"],
+            "format must be one that torch_q4 quantises to; llama.cpp's llama-quantize makes files",
+        ),
+        (
+            ["quantize", "a", "b.gguf", "--type", "iq1_m"],
+            "llama.cpp's llama-quantize makes files of the others with an importance matrix",
+        ),
+        (
             ["quantize", "a", "b.gguf", "--type", "q4_0", "--tensor-type", "x=q9"],
             "format must be one of .*, got 'q9'",
         ),

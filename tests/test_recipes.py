@@ -226,6 +226,10 @@ def test_refused() -> None:
         recipes.choose("q4_k_m", tensors, None)
     with pytest.raises(ValueError, match=r"must be a regular expression, got '\('"):
         recipes.choose("q4_k_m", tensors, None, pure=True, overrides=[("(", "q4_0")])
+    with pytest.raises(ValueError, match=r"quantize: .*llama-quantize makes .*; got iq3_s"):
+        recipes.choose("q4_k_m", tensors, None, pure=True, overrides=[("x", "iq3_s")])
+    with pytest.raises(ValueError, match=r"quantize: .*llama-quantize makes .*; got iq2_xs"):
+        recipes.choose("IQ2_XS", tensors, None, pure=True)
 
 
 @pytest.mark.quantises

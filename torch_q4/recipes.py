@@ -169,11 +169,14 @@ def get(name: str) -> Recipe:
     """Finds a mix by its name in any case; ``q3_k``, ``q4_k`` and ``q5_k`` are the ``_m`` ones.
 
     Raises:
-        ValueError: no such mix; the message lists the known ones.
+        ValueError: no such mix; the message lists the known ones. A format without a quantiser.
     """
     lower = name.lower()
     found = _RECIPES.get(_ALIASES.get(lower, lower))
     if found is None:
+        for fmt in formats.all():
+            if fmt.name == lower:
+                fmt.check_quantizes("quantize")
         raise ValueError(f"type must be one of {', '.join(_RECIPES)}, got {name!r}")
     return found
 
