@@ -224,7 +224,7 @@ def _work(module: str, fuzzer: str, seed: int, start: int, stop: int) -> None:
 
 def _main(arguments: list[str]) -> None:
     module, fuzzer, seed, number, *stop = arguments
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(HERE.parent)]  # conftest is there
     if stop:
         return _work(module, fuzzer, int(seed), int(number), int(stop[0]))
     folder = Path(tempfile.mkdtemp())
