@@ -87,15 +87,14 @@ SANITIZED = $(BIN)/cmake -S . -B build/$(1) -DTORCH_Q4_SANITIZE=$(1) -DTORCH_Q4_
   $(BIN)/cmake --build build/$(1) --parallel $(MAX_JOBS)
 
 # The kernels without torch, on every instruction set and on buffers without a byte to spare. Then
-# the library in Python: every operator, the checks of its arguments, and the readers; bfloat16 goes
-# the ways of float16.
+# the library in Python: every operator, the checks of its arguments, and the readers.
 .PHONY: sanitize
 sanitize: $(VENV)/ready ## run the library under AddressSanitizer and UBSan
 	@echo "==> sanitize: tests/cpp"
 	$(call SANITIZED,address)
 	$(BIN)/python tests/cpp/run.py build/address/test_kernels
 	@echo "==> sanitize: the library in Python"
-	$(BIN)/python ci/sanitize.py build/address pytest -m "not slow" -k "not bfloat16" \
+	$(BIN)/python ci/sanitize.py build/address pytest -m "not slow" \
 	  --numprocesses $(MAX_JOBS) $(SANITIZED_TESTS)
 SANITIZED_TESTS := tests/test_embedding.py tests/test_errors.py tests/test_formats.py \
   tests/test_linear.py tests/test_pack.py tests/test_quantize.py \

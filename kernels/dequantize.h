@@ -431,10 +431,10 @@ TORCH_Q4_DEVICE void dequantize_packed(const gpu::DequantizeArgs& a, int64_t gro
   const int64_t index = group * kTileRows * a.k + first;
 #pragma unroll 1  // more would cost registers, and so threads that hide each other's waits
   for (int unit = thread / kUnitThreads; unit < kUnits; unit += kUnitsAtOnce) {
-    const int row = unit % kTileRows, x_row = unit / kTileRows * kUnitElems;
+    const int row = unit % kTileRows, column = unit / kTileRows * kUnitElems;
 #pragma unroll
     for (int start = 0; start < kUnitElems; start += kUnitThreads * kPieceElems<T>) {
-      const int element = x_row + start + lane * kPieceElems<T>;
+      const int element = column + start + lane * kPieceElems<T>;
       const int place = element / Format::kBlockElems;
       const int segment = element % Format::kBlockElems / 16;
       if (place >= count) continue;

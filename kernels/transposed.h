@@ -35,9 +35,9 @@ TORCH_Q4_DEVICE void add_transposed(const Row& row, int segment,
 template <class Format>
 TORCH_Q4_DEVICE void transposed(const gpu::TransposedArgs& a) {
   constexpr int kRows = gpu::kTransposedRows;
-  const int x_rows = static_cast<int>((a.k + 255) / 256);
-  const int split = blockIdx.x / x_rows;
-  const int64_t first_k = static_cast<int64_t>(blockIdx.x % x_rows) * 256;
+  const int columns = static_cast<int>((a.k + 255) / 256);
+  const int split = blockIdx.x / columns;
+  const int64_t first_k = static_cast<int64_t>(blockIdx.x % columns) * 256;
   const int64_t first_m = static_cast<int64_t>(blockIdx.y) * kRows;
   const int segment = threadIdx.x % 16, in_group = threadIdx.x / 16;
   const int64_t at = first_k + 16 * segment;

@@ -63,8 +63,8 @@ class Call {
     return empty_on(aoti_torch_device_type_cuda(), device, shape, dtype);
   }
   // (columns, rows), the transpose of a contiguous tensor.
-  Tensor empty_transposed(int64_t rows, int64_t x_rows, ScalarType dtype) const {
-    const int64_t sizes[] = {x_rows, rows}, strides[] = {1, x_rows};
+  Tensor empty_transposed(int64_t rows, int64_t columns, ScalarType dtype) const {
+    const int64_t sizes[] = {columns, rows}, strides[] = {1, columns};
     const int32_t code = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
                          : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
                                                      : aoti_torch_dtype_bfloat16();

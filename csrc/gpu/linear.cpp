@@ -188,9 +188,9 @@ const DenseProducts& dense_products() {
 }
 
 // A contiguous tensor's elements as a matrix.
-Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t x_rows) {
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
   if (tensor.dim() == 2) return tensor;
-  const int64_t sizes[] = {rows, x_rows}, strides[] = {x_rows, 1};
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   AtenTensorHandle matrix = nullptr;
   // The offset counts from the tensor's own.
   TORCH_ERROR_CODE_CHECK(

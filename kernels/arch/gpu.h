@@ -162,9 +162,8 @@ TORCH_Q4_DEVICE uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c);
 //   kRowSlots      rows of W whose portions one lane holds, those at place(lane, 0 ...)
 //   kXRowSlots     rows of x that one lane holds, x_row(lane, 0 ...)
 //   kKLanes        lanes that hold different portions of the same row
-//   kSums          sums that a lane keeps for each slot of x; sum r of slot c is that of the row of
-//   W
-//                  at sum_place(lane, r) and row sum_x_row(lane, c, r) of x
+//   kSums          sums that a lane keeps for each slot of x; sum r of slot c is that of W's row at
+//                  sum_place(lane, r) and of row sum_x_row(lane, c, r) of x
 //   kPartialSums   whether the sums of the k_lanes have still to be added up
 //   kMaxTiles      tiles of 16 rows of x for which one wave may keep its sums
 //   multiply       adds the products of a portion

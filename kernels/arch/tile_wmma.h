@@ -7,9 +7,10 @@ namespace TORCH_Q4_NAMESPACE {
 
 // v_wmma_f32_16x16x16 in wave32. RDNA3's ISA document ("Wave Matrix Multiply Accumulate") gives a
 // lane of A a whole row, lane % 16, with all 16 elements of k, and the upper 16 lanes repeat the
-// lower ones; B is the same with rows of x, and register r of D holds row 2 r + lane / 16 of row of
-// x lane % 16. RDNA4 repeats nothing: the upper 16 lanes hold the other half of k, so that an
-// instruction takes half a portion of each lane, and register r of D is row 8 (lane / 16) + r.
+// lower ones; B is the same with rows of x, and register r of D holds the sum of row 2 r + lane /
+// 16 of W and row lane % 16 of x. RDNA4 repeats nothing: the upper 16 lanes hold the other half of
+// k, so that an instruction takes half a portion of each lane, and register r of D is row 8 (lane /
+// 16) + r.
 template <class T>
 struct Tile {
 #if defined(__GFX12__)
