@@ -41,10 +41,13 @@ demo: build ## generate text with a real 270M model whose weights stay packed
 	@echo "==> demo: examples/generate.py"
 	$(BIN)/python examples/generate.py
 
+# Processes share the cores: a thread that waits in a loop takes the time of another.
+SHARED = OMP_WAIT_POLICY=passive $(BIN)/python
+
 .PHONY: test
 test: build ## run the whole test suite
 	@echo "==> test: pytest"
-	$(BIN)/python -m pytest --numprocesses $(MAX_JOBS) --dist loadgroup
+	$(SHARED) -m pytest --numprocesses $(MAX_JOBS) --dist loadgroup
 
 # On a machine with a GPU that torch can use; several processes share it.
 .PHONY: test-gpu
@@ -77,7 +80,7 @@ emulate: $(VENV)/ready ## run the GPU kernels on this CPU; needs root for HIP's 
 .PHONY: fuzz
 fuzz: build ## run the long forms of the fuzzers; takes an hour on two cores
 	@echo "==> fuzz: pytest -m fuzz"
-	$(BIN)/python -m pytest -m fuzz --numprocesses $(MAX_JOBS) tests/fuzz
+	$(SHARED) -m pytest -m fuzz --numprocesses $(MAX_JOBS) tests/fuzz
 
 # A build with a sanitizer: the whole library, and what tests/cpp has for it.
 SANITIZED = $(BIN)/cmake -S . -B build/$(1) -DTORCH_Q4_SANITIZE=$(1) -DTORCH_Q4_GPU=off \
@@ -94,7 +97,7 @@ sanitize: $(VENV)/ready ## run the library under AddressSanitizer and UBSan
 	$(call SANITIZED,address)
 	$(BIN)/python tests/cpp/run.py build/address/test_kernels
 	@echo "==> sanitize: the library in Python"
-	$(BIN)/python ci/sanitize.py build/address pytest -m "not slow" \
+	$(SHARED) ci/sanitize.py build/address pytest -m "not slow" \
 	  --numprocesses $(MAX_JOBS) $(SANITIZED_TESTS)
 SANITIZED_TESTS := tests/test_embedding.py tests/test_errors.py tests/test_formats.py \
   tests/test_linear.py tests/test_pack.py tests/test_quantize.py \

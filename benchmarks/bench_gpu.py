@@ -68,7 +68,10 @@ SHAPES = ("14336x4096", "4096x14336", "4096x4096")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 SHORT_ROWS = (1, 4, 16, 64, 512)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-KERNELS = ("reference", "rows", "tiles_16", "tiles_64", "hopper_rows", "hopper_many", "blas", INT8)
+KERNELS = (
+    "reference", "rows", "tiles_16", "tiles_64", "pipelined_16", "pipelined_64", "pipelined_128",
+    "hopper_rows", "hopper_many", "blas", INT8,
+)  # fmt: skip
 # Relative error in norm: several times the rounding of inputs and outputs to the dtype.
 TOLERANCE = {"float16": 5e-3, "bfloat16": 2e-2, "float32": 1e-4}
 INT8_TOLERANCE = 2e-2
@@ -89,7 +92,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 def kernels_for(names: Sequence[str], dtype: str) -> list[str]:
     """Those that take activations of this dtype: matrix cores are for 16 bits."""
-    matrix = ("tiles", "hopper_rows", "hopper_many")
+    matrix = ("tiles", "pipelined", "hopper_rows", "hopper_many")
     return [name for name in names if dtype != "float32" or not name.startswith(matrix)]
 
 

@@ -39,9 +39,8 @@ ARCHS = (
     "gfx1100", "gfx1101", "gfx1102", "gfx1151", "gfx1200", "gfx1201",
 )  # fmt: skip
 
-# With --thin all architectures meet a simple format and one that needs many registers; the other
-# formats meet one architecture each, by turns.
-THIN_UNITS = ("Q4_0", "Q3_K", "common")
+# With --thin all architectures meet a simple format; the others meet one each, by turns.
+THIN_UNITS = ("Q4_0", "common")
 
 # The same optimisation and arithmetic as the build: what is checked must be what ships.
 FLAGS = (
@@ -58,6 +57,8 @@ CDNA_2 = ("gfx90a", "gfx942", "gfx950", "gfx9-4-generic")
 RDNA_WITH_WMMA = ("gfx11*", "gfx12*")
 WITHOUT_MATRIX = ("gfx906", "gfx1030", "gfx10-3-generic")
 EVERY = ("*",)
+# Formats whose codes are looked up in tables of memory: such a load must be waited for.
+WITHOUT_GRID = ("[!I]*", "IQ4_*")
 
 # Vector registers of architectures that share them out between VGPRs and AGPRs.
 UNIFIED_REGISTERS = CDNA_2
@@ -67,7 +68,8 @@ UNIFIED_REGISTERS = CDNA_2
 class Rule:
     """Bounds on a figure of the kernels whose names match, on the architectures that match.
 
-    ``figure`` is one of ``Kernel``'s numbers or a key of its ``counts``.
+    ``figure`` is one of ``Kernel``'s numbers or a key of its ``counts``. ``units`` are the formats
+    that are meant.
     """
 
     kernels: str
@@ -76,10 +78,15 @@ class Rule:
     least: int = 0
     most: int | None = None
     why: str = ""
+    units: tuple[str, ...] = EVERY
 
-    def covers(self, kernel: str, arch: str) -> bool:
-        """Whether the rule speaks of this kernel on this architecture."""
-        return fnmatch.fnmatchcase(kernel, self.kernels) and matches(arch, self.archs)
+    def covers(self, kernel: str, arch: str, unit: str = "Q4_0") -> bool:
+        """Whether the rule speaks of this kernel of the format on this architecture."""
+        return (
+            fnmatch.fnmatchcase(kernel, self.kernels)
+            and matches(arch, self.archs)
+            and matches(unit, self.units)
+        )
 
 
 RULES = (
@@ -87,20 +94,30 @@ RULES = (
     Rule("*", EVERY, "sgpr_spills", most=0, why="registers spill to memory"),
     Rule("*", EVERY, "scratch", most=0, why="bytes of scratch memory a lane"),
     Rule("rows_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
-    Rule("tiles_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
+    Rule("pipelined_*", EVERY, "load_16", least=1, why="no load of 16 bytes at a time"),
     Rule("rows_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"),
-    Rule("tiles_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"),
+    Rule(
+        "pipelined_*", EVERY, "flat", most=0, why="loads or stores whose address space is unknown"
+    ),
     Rule("rows_*", EVERY, "registers", most=128, why="too few waves hide memory's latency"),
     Rule("rows_*", CDNA_2, "occupancy", least=4, why="too few waves hide memory's latency"),
     # Their SIMD units have half the registers: four waves of 64.
     Rule("rows_*", CDNA_1, "occupancy", least=2, why="too few waves hide memory's latency"),
+    Rule(
+        "pipelined_*",
+        (*CDNA, *RDNA_WITH_WMMA),
+        "in_flight",
+        least=2,
+        units=WITHOUT_GRID,
+        why="a wait in the loop leaves so few loads under way",
+    ),
     Rule("rows_f16_*", EVERY, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
     Rule("rows_int8_*", EVERY, "dot4", least=1, why="no v_dot4"),
-    Rule("tiles_f16_*", CDNA, "mfma", least=1, why="no v_mfma"),
-    Rule("tiles_bf16_*", CDNA, "mfma", least=1, why="no v_mfma"),
-    Rule("tiles_f16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
-    Rule("tiles_bf16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
-    Rule("tiles_f16_*", WITHOUT_MATRIX, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
+    Rule("pipelined_f16_*", CDNA, "mfma", least=1, why="no v_mfma"),
+    Rule("pipelined_bf16_*", CDNA, "mfma", least=1, why="no v_mfma"),
+    Rule("pipelined_f16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
+    Rule("pipelined_bf16_*", RDNA_WITH_WMMA, "wmma", least=1, why="no v_wmma"),
+    Rule("pipelined_f16_*", WITHOUT_MATRIX, "dot2_f16", least=1, why="no v_dot2_f32_f16"),
 )
 
 # Instructions that are counted, by the beginning of an operation's name. gfx11 and later may put
@@ -118,6 +135,11 @@ COUNTED = {
     "wait": r"s_(waitcnt|wait_)",
 }
 MULTIPLY_ADD = r"v_(dual_|pk_)?(fma|fmac|mac|mad|fmamk|fmaak)_(f32|mix)"
+
+# A wait until no more than so many loads are under way.
+LOAD_WAIT = re.compile(r"s_waitcnt.* vmcnt\((\d+)\)|s_wait_loadcnt (\w+)")
+
+MOST_IN_FLIGHT = 63  # that a wait can name
 
 # Instructions that tell the processor about others and take no time of their own.
 HINTS = ("s_delay_alu", "s_clause")
@@ -202,10 +224,10 @@ def budget(device: Device, bytes_per_weight: float) -> float:
 
 # Kernels of the Markdown table, and those that --mca asks llvm-mca about.
 TABLE_KERNELS = (
-    "rows_f16_1", "rows_f16_4", "rows_int8_1", "tiles_f16_16", "tiles_f16_64",
+    "rows_f16_1", "rows_f16_4", "rows_int8_1", "pipelined_f16_16", "pipelined_f16_64",
     "hopper_rows_f16_*",
 )  # fmt: skip
-MCA_KERNELS = ("rows_f16_1", "tiles_f16_16")
+MCA_KERNELS = ("rows_f16_1", "pipelined_f16_16")
 
 # Clocks in a cycle of LLVM's model: that of gfx9 counts an instruction's four turns as one.
 MCA_CLOCKS = {"gfx942": 4, "gfx1100": 1}
@@ -277,6 +299,14 @@ class Kernel:
         """Vector registers that decide how many waves fit."""
         both = matches(self.arch, UNIFIED_REGISTERS)
         return self.vgprs + self.agprs if both else max(self.vgprs, self.agprs)
+
+    @property
+    def in_flight(self) -> int:
+        """Loads that the waits of the hot loop leave under way: the fewest of all."""
+        body = self.loop.body if self.loop else ()
+        found = [match for text in body if (match := LOAD_WAIT.search(text))]
+        waits = [int(match[1] or match[2], 0) for match in found]
+        return min(waits, default=MOST_IN_FLIGHT)
 
     @property
     def columns(self) -> int | None:
@@ -453,9 +483,10 @@ def hot_loop(instructions: Sequence[Instruction]) -> Loop | None:
     """The innermost loop with dot or matrix instructions.
 
     A kernel that has none of those in a loop does its products in plain multiply-adds. One that
-    unpacks in a loop of its own is counted without that loop. Of several loops, those of the packed
-    and the canonical layout, the packed one's is meant: it has fewer narrow loads. Between equals
-    the larger one counts.
+    unpacks in a loop of its own is counted without that loop. Of several loops with about as many
+    products, those of the packed and the canonical layout, the packed one's is meant: it has fewer
+    instructions. So has a loop beside what only looks like one, code that goes back to where a loop
+    ends.
     """
 
     def total(body: Sequence[Instruction], of: Callable[[str], int]) -> int:
@@ -469,7 +500,9 @@ def hot_loop(instructions: Sequence[Instruction]) -> Loop | None:
         working = [body for body in bodies if total(body, work) > 0]
         innermost = [body for body in working if not any(inside(it, body) for it in working)]
         if innermost:
-            body = max(innermost, key=lambda it: (-count(it)["load_narrow"], size(it)))
+            most = max(total(body, work) for body in innermost)
+            main = [body for body in innermost if 2 * total(body, work) > most]
+            body = max(main, key=lambda it: total(it, work) / size(it))
             straight = (each.text for each in body if each.target is None)
             return Loop(size(body), total(body, products), count(body), kinds(body), loaded(body),
                         tuple(straight))  # fmt: skip
@@ -513,7 +546,7 @@ def violations(kernel: Kernel, rules: Sequence[Rule] = RULES) -> list[str]:
     """What the kernel violates, one sentence each."""
     found = []
     for rule in rules:
-        if not rule.covers(kernel.name, kernel.arch):
+        if not rule.covers(kernel.name, kernel.arch, kernel.unit):
             continue
         value = kernel.figure(rule.figure)
         where = f"{kernel.unit} {kernel.name} {kernel.arch}"
@@ -535,7 +568,7 @@ def idle_rules(
 
     A renamed kernel would otherwise escape its rules in silence.
     """
-    names = {(kernel.name, kernel.arch) for kernel in kernels}
+    names = {(kernel.name, kernel.arch, kernel.unit) for kernel in kernels}
     return [
         rule
         for rule in rules

@@ -10,6 +10,7 @@
 //     rows_int8_C          LinearArgs       rows_grid, C rows of x a block
 //     tiles_T_C            LinearArgs       rows_grid, C rows of x a block; T is f16 or bf16;
 //                                          packed rows only, a multiple of 16 of them
+//     pipelined_T_C        PipelinedArgs    pipelined_grid; likewise
 //     hopper_rows_T_C      HopperRowsArgs   hopper_rows_grid; likewise
 //     hopper_many_T_C      HopperManyArgs   hopper_many_grid; likewise
 //     transposed           TransposedArgs   transposed_grid
@@ -21,13 +22,14 @@
 //
 //     quantize_activations ActivationArgs   activation_grid
 //     sum_splits           SumArgs          sum_grid
+//     arrange_lanes        ArrangeArgs      arrange_lanes_grid
 //     arrange              ArrangeArgs      arrange_grid
 //
-// hopper_rows_T_C, hopper_many_T_C and arrange are for sm_90a only. Kernels are launched with
-// kBlockThreads threads a block and no dynamic shared memory, but hopper_rows_T_C with
-// hopper_rows_threads and hopper_rows_shared_bytes, hopper_many_T_C with kHopperManyThreads and
-// hopper_many_shared_bytes. All tensors are contiguous; x, blocks and out start at multiples of 16
-// bytes.
+// tiles_T_C is NVIDIA's, pipelined_T_C and arrange_lanes are AMD's; hopper_rows_T_C,
+// hopper_many_T_C and arrange are for sm_90a only. Kernels are launched with kBlockThreads threads
+// a block and no dynamic shared memory, but hopper_rows_T_C with hopper_rows_threads and
+// hopper_rows_shared_bytes, hopper_many_T_C with kHopperManyThreads and hopper_many_shared_bytes.
+// All tensors are contiguous; x, blocks and out start at multiples of 16 bytes.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +47,11 @@ constexpr int kGroupRows = 16;  // rows that a block works on, those that the la
 
 constexpr int kRowsXRows[] = {1, 2, 4, 8};
 constexpr int kTilesXRows[] = {16, 64};
+constexpr int kPipelinedXRows[] = {16, 64, 128};
+// Groups of 16 rows of W, a block.
+TORCH_Q4_ARGUMENTS_HOST_DEVICE constexpr int pipelined_groups(int x_rows) {
+  return x_rows > 16 ? 4 : 2;
+}
 constexpr int kTransposedRows = 4;  // rows of grad that a block works on
 constexpr int kPanelElems = 1024;   // elements of 16 rows that a block of dequantize works on
 
@@ -89,6 +96,15 @@ struct LinearArgs {
   DType dtype;     // of x, bias and out; rows_int8: of bias and out
 };
 
+// A product by matrix instructions whose operands are loaded before they are needed:
+// kernels/linear/pipelined.h. Rows [row_begin, row_end) are whole groups of 16 packed ones.
+struct PipelinedArgs {
+  LinearArgs linear;     // x is not read
+  const void* arranged;  // x as arrange_lanes leaves it for so many rows
+  float* partial;        // (splits, m, row_end - row_begin) where splits > 1, without bias
+  int32_t splits;        // blocks that share out K
+};
+
 // A product whose operands are brought to shared memory stage by stage:
 // kernels/linear/hopper_rows.h. Rows [row_begin, row_end) are whole groups of 16 packed ones.
 struct HopperRowsArgs {
@@ -108,13 +124,13 @@ struct HopperManyArgs {
   int32_t splits;
 };
 
-// x (m, k) of 16-bit elements to out, arranged_bytes; in what order, kernels/linear/hopper_many.h
-// says.
+// x (m, k) of 16-bit elements to out: arranged_lanes_bytes in the order of
+// kernels/linear/pipelined.h, or arranged_bytes in that of kernels/linear/hopper_many.h.
 struct ArrangeArgs {
   const void* x;
   void* out;
   int64_t m, k;
-  int32_t x_rows;       // C of hopper_many_T_C
+  int32_t x_rows;       // C of pipelined_T_C or hopper_many_T_C
   int32_t block_elems;  // of the weight's format
 };
 
@@ -218,6 +234,19 @@ inline Grid reference_grid(const LinearArgs& a) {
 }
 inline Grid rows_grid(const LinearArgs& a, int x_rows) {
   return {ceil_div(a.row_end - a.row_begin, kGroupRows), ceil_div(a.m, x_rows)};
+}
+inline Grid pipelined_grid(const PipelinedArgs& a, int x_rows) {
+  const int64_t groups = (a.linear.row_end - a.linear.row_begin) / kGroupRows;
+  return {ceil_div(groups, pipelined_groups(x_rows)) * static_cast<uint32_t>(a.splits),
+          ceil_div(a.linear.m, x_rows)};
+}
+// Whole blocks of rows, and as many parts as the lanes of any architecture need: 4.
+constexpr int64_t arranged_lanes_bytes(int64_t m, int64_t k, int x_rows, int block_elems) {
+  const int64_t step = 4 * part_elems(block_elems);
+  return (m + x_rows - 1) / x_rows * x_rows * ((k + step - 1) / step) * step * 2;
+}
+inline Grid arrange_lanes_grid(const ArrangeArgs& a) {
+  return {ceil_div(arranged_lanes_bytes(a.m, a.k, a.x_rows, a.block_elems) / 16, kBlockThreads), 1};
 }
 // A block takes 256 elements of k, split by split; the rows of grad are the grid's other side.
 inline Grid transposed_grid(const TransposedArgs& a) {

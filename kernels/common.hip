@@ -1,5 +1,8 @@
 // The kernels into which no format enters.
 #include "quantize.h"
+#if !defined(__CUDACC__)
+#include "linear/pipelined.h"
+#endif
 #if defined(TORCH_Q4_HOPPER)
 #include "linear/hopper_many.h"
 #endif
@@ -25,6 +28,12 @@ extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) sum_splits(gpu:
   }
   store_value(a.out, to, sum, a.dtype);
 }
+
+#if !defined(__CUDACC__)
+extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) arrange_lanes(gpu::ArrangeArgs a) {
+  torch_q4::arrange_lanes(a);
+}
+#endif
 
 #if defined(TORCH_Q4_HOPPER)
 extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) arrange(gpu::ArrangeArgs a) {

@@ -3,10 +3,14 @@
 #include "dequantize.h"
 #include "linear/reference.h"
 #include "linear/rows.h"
-#include "linear/tiles.h"
 #include "quantize.h"
 #include "repack.h"
 #include "transposed.h"
+#if defined(__CUDACC__)
+#include "linear/tiles.h"
+#else
+#include "linear/pipelined.h"
+#endif
 #if defined(TORCH_Q4_HOPPER)
 #include "linear/hopper_many.h"
 #include "linear/hopper_rows.h"
@@ -22,11 +26,6 @@ using Format = TORCH_Q4_FORMAT;
 #define TORCH_Q4_KERNEL(name, Args, ...)                                               \
   extern "C" __global__ void __launch_bounds__(gpu::kBlockThreads) name(gpu::Args a) { \
     __VA_ARGS__(a);                                                                    \
-  }
-
-#define TORCH_Q4_TILES(name, T, x_rows, blocks)                                                    \
-  extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, blocks) name(gpu::LinearArgs a) { \
-    linear_tiles<Format, T, x_rows>(a);                                                            \
   }
 
 extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, 8)
@@ -53,10 +52,23 @@ TORCH_Q4_KERNELS_OF(f32, Float32)
 TORCH_Q4_KERNELS_OF(f16, Float16)
 TORCH_Q4_KERNELS_OF(bf16, BFloat16)
 
+#if defined(__CUDACC__)
+#define TORCH_Q4_TILES(name, T, x_rows, blocks)                                                    \
+  extern "C" __global__ void TORCH_Q4_BLOCKS(gpu::kBlockThreads, blocks) name(gpu::LinearArgs a) { \
+    linear_tiles<Format, T, x_rows>(a);                                                            \
+  }
 TORCH_Q4_TILES(tiles_f16_16, Float16, 16, 3)
 TORCH_Q4_TILES(tiles_f16_64, Float16, 64, 2)
 TORCH_Q4_TILES(tiles_bf16_16, BFloat16, 16, 3)
 TORCH_Q4_TILES(tiles_bf16_64, BFloat16, 64, 2)
+#else
+TORCH_Q4_KERNEL(pipelined_f16_16, PipelinedArgs, linear_pipelined<Format, Float16, 16>)
+TORCH_Q4_KERNEL(pipelined_f16_64, PipelinedArgs, linear_pipelined<Format, Float16, 64>)
+TORCH_Q4_KERNEL(pipelined_f16_128, PipelinedArgs, linear_pipelined<Format, Float16, 128>)
+TORCH_Q4_KERNEL(pipelined_bf16_16, PipelinedArgs, linear_pipelined<Format, BFloat16, 16>)
+TORCH_Q4_KERNEL(pipelined_bf16_64, PipelinedArgs, linear_pipelined<Format, BFloat16, 64>)
+TORCH_Q4_KERNEL(pipelined_bf16_128, PipelinedArgs, linear_pipelined<Format, BFloat16, 128>)
+#endif
 
 #if defined(TORCH_Q4_HOPPER)
 #define TORCH_Q4_HOPPER_ROWS(name, T, x_rows)                                       \

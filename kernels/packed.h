@@ -11,9 +11,10 @@
 //     ...
 //     row 15  d qs0 qs1 ... qs15            then the same 16 rows' next block along K
 //
-// Each format cuts its block into chunks of 16, 4, 2 or 1 bytes (kChunks), the wide ones first.
-// Every chunk of 16 rows starts at a multiple of 16 bytes from its block's start, so that every
-// load can be 16 bytes wide.
+// Each format cuts its block into chunks of 16, 4, 2 or 1 bytes (kChunks): first those of 16 bytes,
+// then those `with_lines`, which follow each other in the block, too, then the others, wide ones
+// first. Every chunk of 16 rows starts at a multiple of 16 bytes from its block's start, so that
+// every load can be 16 bytes wide.
 //
 // 16-byte chunks hold their rows in the order 0 4 8 12 1 5 9 13 2 6 10 14 3 7 11 15: on a CPU, a
 // 4x4 transposition of 32-bit words inside each 128-bit lane (the only one that is cheap) then
@@ -69,12 +70,19 @@ TORCH_Q4_HOST_DEVICE constexpr int packed_place(int offset, int row) {
          kChunk.size * chunk_place(kChunk, row);
 }
 
-// Whether the chunks are of the sizes that readers know and cover each byte of the block once.
+// Whether the chunks are of the sizes and in the order that readers know, and cover each byte of
+// the block once.
 template <class Format>
 constexpr bool chunks_cover_block() {
   int covered = 0;
   for (int i = 0; i < kChunkCount<Format>; ++i) {
     const Chunk chunk = Format::kChunks[i];
+    if (chunk.with_lines && i > 0) {
+      const Chunk before = Format::kChunks[i - 1];
+      const bool follows = before.with_lines && before.size == chunk.size &&
+                           before.offset + chunk.size == chunk.offset;
+      if (before.size != 16 && !follows) return false;
+    }
     if (chunk.size != 16 && chunk.size != 4 && chunk.size != 2 && chunk.size != 1) return false;
     for (int j = 0; j < i; ++j) {
       const Chunk other = Format::kChunks[j];

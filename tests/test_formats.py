@@ -16,13 +16,14 @@ KINDS = ("", "imatrix_", "raw_")
 
 def test_tables_agree() -> None:
     lines = torch.ops.torch_q4.format_table().splitlines()
-    cpp = {tuple(line.split()) for line in lines}
-    python = {
+    cpp = [tuple(line.split()) for line in lines]
+    python = [
         (fmt.name, str(fmt.type_id), str(fmt.block_elems), str(fmt.block_bytes))
         for fmt in formats.all()
-    }
-    assert cpp == python
-    assert len(lines) == len(python) > 0
+    ]
+    assert set(cpp) == set(python)
+    assert cpp == python, "both list the formats in the same order"
+    assert python
 
 
 def test_the_foundation_formats_are_there() -> None:

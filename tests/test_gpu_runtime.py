@@ -305,11 +305,12 @@ def test_every_kernel_has_its_file_and_name(hip) -> None:
     names += [f"rows_{t}_{columns}" for t in suffixes for columns in (1, 2, 4, 8)]
     names += [f"rows_int8_{columns}" for columns in (1, 2, 4, 8)]
     names += [f"tiles_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64)]
+    names += [f"pipelined_{t}_{columns}" for t in suffixes[1:] for columns in (16, 64, 128)]
     names += [
         f"hopper_rows_{t}_{columns}" for t in suffixes[1:] for columns in (8, 16, 32, 64, 128)
     ]
     names += [f"hopper_many_{t}_{columns}" for t in suffixes[1:] for columns in (128, 256)]
-    names += ["quantize_activations", "sum_splits", "arrange"]
+    names += ["quantize_activations", "sum_splits", "arrange_lanes", "arrange"]
     count = hip.library.kernel_count()
     assert [hip.error("name_of_kernel", kernel) for kernel in range(count)] == names
     for position, name in enumerate([*(fmt.name for fmt in formats.all()), "common"]):
@@ -492,7 +493,10 @@ def test_what_serves_an_architecture(hip, built, architecture, served) -> None:
 
 # ---- the choice of a kernel ----------------------------------------------------------------------
 
-REFERENCE, ROWS, ROWS_INT8, TILES_16, TILES_64, HOPPER_ROWS, HOPPER_MANY, BLAS = range(8)
+(
+    REFERENCE, ROWS, ROWS_INT8, TILES_16, TILES_64, PIPELINED_16, PIPELINED_64, PIPELINED_128,
+    HOPPER_ROWS, HOPPER_MANY, BLAS,
+) = range(11)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -504,10 +508,16 @@ REFERENCE, ROWS, ROWS_INT8, TILES_16, TILES_64, HOPPER_ROWS, HOPPER_MANY, BLAS =
         (F16, 1, 1, NVIDIA, {1: TILES_16, 97: BLAS}),
         (F32, 1, 1, NVIDIA, {8: ROWS_INT8, 9: BLAS}),
         (BF16, 1, 0, NVIDIA, {8: ROWS_INT8, 9: BLAS}),
-        (BF16, 0, 1, AMD_MATRIX, {2: ROWS, 3: TILES_16, 49: TILES_64, 129: BLAS}),
-        (F16, 1, 1, AMD_MATRIX, {2: ROWS_INT8, 3: TILES_16}),
+        (
+            BF16,
+            0,
+            1,
+            AMD_MATRIX,
+            {2: ROWS, 3: PIPELINED_16, 17: PIPELINED_64, 65: PIPELINED_128, 257: BLAS},
+        ),
+        (F16, 1, 1, AMD_MATRIX, {2: ROWS_INT8, 3: PIPELINED_16}),
         (F32, 1, 0, AMD_MATRIX, {8: ROWS_INT8, 9: BLAS}),
-        (BF16, 0, 1, AMD_NO_MATRIX, {8: ROWS, 9: TILES_16, 33: BLAS}),
+        (BF16, 0, 1, AMD_NO_MATRIX, {8: ROWS, 9: PIPELINED_16, 33: BLAS}),
         (F16, 0, 0, AMD_NO_MATRIX, {8: ROWS, 9: BLAS}),
         (F32, 1, 0, AMD_NO_MATRIX, {1: ROWS_INT8, 8: ROWS_INT8, 9: BLAS}),
     ],
@@ -580,6 +590,8 @@ def test_kernels_for_hopper_only(start) -> None:
     assert runtime.error("check_runs_on", b"hopper_rows", 0) == f"linear: {missing}"
     assert runtime.error("check_runs_on", b"tiles_16", 0) == ""
     assert set_plan(runtime, "8 hopper_rows") == f"set: {missing}"
+    words_amd = "the GPU must be AMD's for pipelined_16, got sm_90"
+    assert runtime.error("check_runs_on", b"pipelined_16", 0) == f"linear: {words_amd}"
     runtime.stub.major = 8
     assert set_plan(runtime, "8 hopper_rows", device=1) == f"set: {words} sm_80"
     assert plan_of(runtime) == plan_of(runtime, device=1) == ""
@@ -667,9 +679,10 @@ def test_many_plans_are_found(hip) -> None:
     ("plan", "weight", "words"),
     [
         ("8 fast", {}, r"kernel must be one of reference, rows, .*, got fast"),
-        ("8 tiles_16", {"packed": 0}, "packed must be true for tiles_16, got false"),
-        ("8 tiles_64", {"dtype": F32},
-         "dtype must be float16 or bfloat16 for tiles_64, got float32"),
+        ("8 pipelined_16", {"packed": 0}, "packed must be true for pipelined_16, got false"),
+        ("8 pipelined_64", {"dtype": F32},
+         "dtype must be float16 or bfloat16 for pipelined_64, got float32"),
+        ("8 tiles_16", {}, "the GPU must be NVIDIA's for tiles_16, got gfx90a"),
         ("8 rows\n8 blas", {}, "rows of plan must rise, got 8 after 8"),
         ("0 rows", {}, "rows of plan must rise, got 0 after 0"),
         ("rows 8", {}, "a line of plan must be MOST_ROWS KERNEL, got rows 8"),
@@ -700,14 +713,16 @@ def test_every_kernel_that_suits_can_be_planned(which, family, request) -> None:
         return set(runtime.error("names_of_kernels", dtype, packed, family).split())
 
     everything = names(F16, 1, -1)
-    assert everything == names(BF16, 1, -1) == names(F16, 1, HOPPER)
+    assert everything == names(BF16, 1, -1) == names(F16, 1, HOPPER) | names(F16, 1, AMD_MATRIX)
     for name in ("hopper_rows", "hopper_many"):
         assert (name in names(F16, 1)) == (family == HOPPER)
-    assert everything >= {"reference", "rows", "tiles_16", "tiles_64", "blas"}
+    own = "pipelined_16" if family == AMD_MATRIX else "tiles_16"
+    assert everything >= {"reference", "rows", "tiles_16", "tiles_64", "pipelined_128", "blas"}
     for dtype, packed in ((F16, 1), (F32, 1), (F16, 0), (F32, 0)):
         suiting = names(dtype, packed)
         assert suiting >= {"reference", "rows", "blas"}
-        assert ("tiles_16" in suiting) == ((dtype, packed) == (F16, 1))
+        assert (own in suiting) == ((dtype, packed) == (F16, 1))
+        assert not {"pipelined_16", "tiles_16"} - {own} <= suiting
         for name in everything:
             error = set_plan(runtime, f"1 {name}", dtype=dtype, packed=packed)
             assert (error == "") == (name in suiting)

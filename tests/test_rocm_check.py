@@ -41,7 +41,7 @@ toy.hip:5:1: remark:     Occupancy [waves/SIMD]: 8 [-Rpass-analysis=kernel-resou
 toy.hip:5:1: remark:     SGPRs Spill: 2 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:5:1: remark:     VGPRs Spill: 3 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:5:1: remark:     LDS Size [bytes/block]: 1024 [-Rpass-analysis=kernel-resource-usage]
-toy.hip:15:1: remark: Function Name: tiles_f16_16 [-Rpass-analysis=kernel-resource-usage]
+toy.hip:15:1: remark: Function Name: pipelined_f16_16 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:15:1: remark:     TotalSGPRs: 11 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:15:1: remark:     VGPRs: 18 [-Rpass-analysis=kernel-resource-usage]
 toy.hip:15:1: remark:     Occupancy [waves/SIMD]: 16 [-Rpass-analysis=kernel-resource-usage]
@@ -68,15 +68,15 @@ Disassembly of section .text:
 	s_code_end                                                 // 000000001858: BF9F0000
 """  # noqa: E501
 
-TILES_GFX942 = """
-0000000000001b00 <tiles_f16_16>:
-	s_cbranch_scc1 33                                          // 000000001B24: BF850021 <tiles_f16_16+0xac>
+PIPELINED_GFX942 = """
+0000000000001b00 <pipelined_f16_16>:
+	s_cbranch_scc1 33                                          // 000000001B24: BF850021 <pipelined_f16_16+0xac>
 	global_load_dwordx4 v[10:13], v[8:9], off offset:-8        // 000000001B58: DC5C9FF8 0A7F0008
 	s_add_i32 s8, s8, -1                                       // 000000001B68: 8108C108
 	s_waitcnt vmcnt(0)                                         // 000000001B80: BF8C0F70
 	v_mfma_f32_16x16x16_f16 v[2:5], v[10:11], v[14:15], v[2:5] // 000000001B84: D3CD0002 040A1D0A
 	v_mfma_f32_16x16x16_f16 v[2:5], v[12:13], v[16:17], v[2:5] // 000000001B8C: D3CD0002 040A210C
-	s_cbranch_scc0 65520                                       // 000000001B94: BF84FFF0 <tiles_f16_16+0x58>
+	s_cbranch_scc0 65520                                       // 000000001B94: BF84FFF0 <pipelined_f16_16+0x58>
 	global_store_dwordx4 v0, v[2:5], s[2:3]                    // 000000001BA0: DC7C8000 00020200
 	s_endpgm                                                   // 000000001BA8: BF810000
 	s_nop 0                                                    // 000000001BC8: BF800000
@@ -95,17 +95,17 @@ def kernel(name: str, arch: str = "gfx1100", **changes: object) -> object:
 
 def test_resources() -> None:
     resources = rocm_check.parse_resources(REMARKS)
-    assert list(resources) == ["rows_f16_1", "tiles_f16_16"]
+    assert list(resources) == ["rows_f16_1", "pipelined_f16_16"]
     assert resources["rows_f16_1"] == {
         "vgprs": 14, "agprs": 4, "sgprs": 15, "vgpr_spills": 3, "sgpr_spills": 2, "scratch": 16,
         "lds": 1024, "occupancy": 8,
     }  # fmt: skip
-    assert resources["tiles_f16_16"]["agprs"] == 0
+    assert resources["pipelined_f16_16"]["agprs"] == 0
 
 
 def test_disassembly() -> None:
-    code = rocm_check.parse_disassembly(ROWS_GFX1100 + TILES_GFX942)
-    assert list(code) == ["rows_f16_1", "tiles_f16_16"]
+    code = rocm_check.parse_disassembly(ROWS_GFX1100 + PIPELINED_GFX942)
+    assert list(code) == ["rows_f16_1", "pipelined_f16_16"]
     rows, matmul = code.values()
     assert [each.target for each in rows if each.target] == [0x182C, 0x17BC]
     assert rows[7].operations() == ["v_dual_dot2acc_f32_f16", "v_dual_dot2acc_f32_f16"]
@@ -117,12 +117,12 @@ def test_disassembly() -> None:
 
 
 def test_hot_loop() -> None:
-    code = rocm_check.parse_disassembly(ROWS_GFX1100 + TILES_GFX942)
+    code = rocm_check.parse_disassembly(ROWS_GFX1100 + PIPELINED_GFX942)
     rows = rocm_check.hot_loop(code["rows_f16_1"])
     assert (rows.instructions, rows.products) == (6, 4)
-    matmul = rocm_check.hot_loop(code["tiles_f16_16"])
+    matmul = rocm_check.hot_loop(code["pipelined_f16_16"])
     assert (matmul.instructions, matmul.products) == (6, 2 * 16 * 16 * 16 // 64)
-    assert rocm_check.hot_loop(code["tiles_f16_16"][:6]) is None
+    assert rocm_check.hot_loop(code["pipelined_f16_16"][:6]) is None
 
 
 def body(*operations: str) -> list[object]:
@@ -188,7 +188,7 @@ def test_instructions_per_weight() -> None:
         ("rows_f16_1", 1),
         ("rows_int8_8", 8),
         ("hopper_rows_bf16_128", 128),
-        ("tiles_f16_wide", None),
+        ("pipelined_f16_wide", None),
         ("transposed", None),
         ("x86_64", None),
     ],
@@ -198,7 +198,7 @@ def test_columns(name: str, columns: int | None) -> None:
 
 
 def test_parse_kernels_wants_the_code_of_each_kernel() -> None:
-    with pytest.raises(ValueError, match=r"Q4_0 gfx1100: .*got none of \['tiles_f16_16'\]"):
+    with pytest.raises(ValueError, match=r"Q4_0 gfx1100: .*got none of \['pipelined_f16_16'\]"):
         rocm_check.parse_kernels("Q4_0", "gfx1100", REMARKS, ROWS_GFX1100)
     with pytest.raises(ValueError, match="got none of any kernel"):
         rocm_check.parse_kernels("Q4_0", "gfx1100", "", ROWS_GFX1100)
@@ -214,27 +214,30 @@ PLANTED = [
     ("pack", "gfx906", {"sgpr_spills": 1}),
     ("embedding", "gfx950", {"scratch": 4}),
     ("rows_f32_1", "gfx1030", {"load_16": 0}),
-    ("tiles_bf16_64", "gfx90a", {"load_16": 0}),
+    ("pipelined_bf16_64", "gfx90a", {"load_16": 0}),
     ("rows_int8_1", "gfx908", {"flat": 2}),
-    ("tiles_f16_64", "gfx1201", {"flat": 1}),
+    ("pipelined_f16_64", "gfx1201", {"flat": 1}),
     ("rows_bf16_8", "gfx1100", {"vgprs": 129}),
     ("rows_f32_8", "gfx942", {"vgprs": 100, "agprs": 29}),
     ("rows_f32_8", "gfx90a", {"occupancy": 3}),
     ("rows_f32_8", "gfx906", {"occupancy": 1}),
     ("rows_f16_4", "gfx1151", {"dot2_f16": 0}),
     ("rows_int8_8", "gfx1200", {"dot4": 0}),
-    ("tiles_f16_16", "gfx908", {"mfma": 0}),
-    ("tiles_bf16_64", "gfx950", {"mfma": 0}),
-    ("tiles_f16_64", "gfx1102", {"wmma": 0}),
-    ("tiles_bf16_16", "gfx1201", {"wmma": 0}),
-    ("tiles_f16_16", "gfx906", {"dot2_f16": 0}),
-    ("tiles_f16_64", "gfx1030", {"dot2_f16": 0}),
+    ("pipelined_f16_16", "gfx908", {"mfma": 0}),
+    ("pipelined_bf16_64", "gfx950", {"mfma": 0}),
+    ("pipelined_f16_64", "gfx1102", {"wmma": 0}),
+    ("pipelined_bf16_16", "gfx1201", {"wmma": 0}),
+    ("pipelined_f16_16", "gfx906", {"dot2_f16": 0}),
+    ("pipelined_f16_64", "gfx1030", {"dot2_f16": 0}),
+    ("pipelined_f16_64", "gfx942", {"loop": "s_waitcnt vmcnt(1)"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "arch", "fault"), PLANTED)
-def test_planted_violation(name: str, arch: str, fault: dict[str, int]) -> None:
+def test_planted_violation(name: str, arch: str, fault: dict[str, object]) -> None:
     assert rocm_check.violations(kernel(name, arch)) == []
+    if "loop" in fault:
+        fault = {"loop": dataclasses.replace(loop(32), body=(fault["loop"],))}
     (text,) = rocm_check.violations(kernel(name, arch, **fault))
     assert text.startswith(f"Q4_0 {name} {arch}: ")
     assert "got" in text
@@ -242,18 +245,42 @@ def test_planted_violation(name: str, arch: str, fault: dict[str, int]) -> None:
 
 def test_every_rule_has_a_planted_violation() -> None:
     for rule in rocm_check.RULES:
-        names = {rule.figure, "vgprs"} if rule.figure == "registers" else {rule.figure}
+        made_of = {"registers": "vgprs", "in_flight": "loop"}
+        names = {rule.figure, made_of.get(rule.figure, rule.figure)}
         assert any(rule.covers(name, arch) and names & set(fault) for name, arch, fault in PLANTED)
 
 
 def test_rules_are_for_the_kernels_they_name() -> None:
     assert rocm_check.violations(kernel("transposed", load_16=0, dot2_f16=0, vgprs=200)) == []
-    assert rocm_check.violations(kernel("tiles_f16_16", "gfx1100", mfma=0, dot2_f16=0)) == []
-    assert rocm_check.violations(kernel("tiles_bf16_16", "gfx906", dot2_f16=0)) == []
+    assert rocm_check.violations(kernel("pipelined_f16_16", "gfx1100", mfma=0, dot2_f16=0)) == []
+    assert rocm_check.violations(kernel("pipelined_bf16_16", "gfx906", dot2_f16=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("waits", "fewest"),
+    [
+        ((), 63),
+        (("s_waitcnt vmcnt(11)", "s_waitcnt lgkmcnt(0)", "s_waitcnt vmcnt(9) lgkmcnt(0)"), 9),
+        (("s_wait_loadcnt 0xc", "s_wait_loadcnt 0x8", "s_wait_alu depctr_va_vcc(0)"), 8),
+        (("s_waitcnt lgkmcnt(0) vmcnt(2)",), 2),
+    ],
+)
+def test_loads_in_flight(waits: tuple[str, ...], fewest: int) -> None:
+    turn = dataclasses.replace(loop(32), body=("v_mov_b32 v1, v2", *waits))
+    assert kernel("pipelined_f16_16", loop=turn).in_flight == fewest
+    assert kernel("pipelined_f16_16").in_flight == 63
+
+
+def test_a_grid_is_waited_for() -> None:
+    turn = dataclasses.replace(loop(32), body=("s_waitcnt vmcnt(0)",))
+    assert rocm_check.violations(kernel("pipelined_f16_16", unit="IQ3_S", loop=turn)) == []
+    for unit in ("IQ4_XS", "Q4_K", "MXFP4"):
+        (text,) = rocm_check.violations(kernel("pipelined_f16_16", unit=unit, loop=turn))
+        assert "in_flight must be at least 2, got 0" in text
 
 
 def test_idle_rules() -> None:
-    rules = [Rule("rows_*", ("gfx9*",), "scratch"), Rule("tiles_*", ("gfx12*",), "scratch")]
+    rules = [Rule("rows_*", ("gfx9*",), "scratch"), Rule("pipelined_*", ("gfx12*",), "scratch")]
     kernels = [kernel("rows_f16_1", "gfx906")]
     assert rocm_check.idle_rules(kernels, ["gfx906"], rules) == []
     assert rocm_check.idle_rules(kernels, ["gfx906", "gfx1200"], rules) == [rules[1]]
@@ -263,7 +290,9 @@ def test_idle_rules() -> None:
 def test_every_default_architecture_has_a_matrix_or_dot_rule() -> None:
     """A new architecture must be put into one of the groups that the rules go by."""
     for arch in rocm_check.ARCHS:
-        figures = {rule.figure for rule in rocm_check.RULES if rule.covers("tiles_f16_16", arch)}
+        figures = {
+            rule.figure for rule in rocm_check.RULES if rule.covers("pipelined_f16_16", arch)
+        }
         assert len(figures & {"mfma", "wmma", "dot2_f16"}) == 1, arch
 
 
@@ -287,7 +316,7 @@ def test_kind(text: str, kind: str) -> None:
 
 
 def test_kinds_of_a_loop_add_up_to_its_instructions() -> None:
-    code = rocm_check.parse_disassembly(ROWS_GFX1100 + TILES_GFX942)
+    code = rocm_check.parse_disassembly(ROWS_GFX1100 + PIPELINED_GFX942)
     rows = rocm_check.hot_loop(code["rows_f16_1"])
     assert rows.kinds == {"matrix": 0, "dot": 1, "vector": 0, "memory": 2, "scalar": 3}
     assert sum(rows.kinds.values()) == rows.instructions
@@ -357,7 +386,7 @@ def loop(products: int, **kinds: int) -> object:
 
 def test_weights() -> None:
     turn = loop(256, vector=10)
-    assert kernel("tiles_f16_16", loop=turn).weights == 16
+    assert kernel("pipelined_f16_16", loop=turn).weights == 16
     assert kernel("rows_f16_2", loop=turn).weights == 128
     assert kernel("reference_f16", loop=turn).weights is None
     assert kernel("rows_f16_1").weights is None
@@ -365,21 +394,21 @@ def test_weights() -> None:
     assert kernel("rows_f32_8", loop=loop(0, vector=10)).weights == 32
     assert kernel("rows_f32_8", unit="Q6_K", loop=loop(0, vector=10)).weights == 64
     assert kernel("rows_f32_8", unit="common", loop=loop(0, vector=10)).weights is None
-    assert kernel("tiles_bf16_16", loop=loop(0, vector=10)).weights is None
+    assert kernel("pipelined_bf16_16", loop=loop(0, vector=10)).weights is None
 
 
 def test_spending() -> None:
     """Of 16 weights with 16 columns: a matrix unit is busy by itself, or the vector lanes are."""
     turn = loop(256, vector=32, dot=16, matrix=2, memory=6, scalar=8)
-    beside = rocm_check.spending(kernel("tiles_f16_16", "gfx942", loop=turn))
+    beside = rocm_check.spending(kernel("pipelined_f16_16", "gfx942", loop=turn))
     assert (beside.instructions, beside.vector, beside.matrix, beside.busy) == (4, 3, 1, 3)
     assert beside.budget == pytest.approx(4.34, rel=0.005)
-    within = rocm_check.spending(kernel("tiles_f16_16", "gfx1100", loop=turn))
+    within = rocm_check.spending(kernel("pipelined_f16_16", "gfx1100", loop=turn))
     assert (within.instructions, within.matrix, within.busy) == (4, 4, 7)
     no_matrix = loop(256, vector=32)
-    assert rocm_check.spending(kernel("tiles_f16_16", "gfx942", loop=no_matrix)).matrix == 0
-    assert rocm_check.spending(kernel("tiles_f16_16", "gfx906", loop=turn)) is None
-    assert rocm_check.spending(kernel("tiles_f16_16", "gfx942")) is None
+    assert rocm_check.spending(kernel("pipelined_f16_16", "gfx942", loop=no_matrix)).matrix == 0
+    assert rocm_check.spending(kernel("pipelined_f16_16", "gfx906", loop=turn)) is None
+    assert rocm_check.spending(kernel("pipelined_f16_16", "gfx942")) is None
     assert rocm_check.spending(kernel("reference_f16", "gfx942", loop=turn)) is None
 
 
@@ -392,7 +421,7 @@ def test_exceeds() -> None:
     more = rocm_check.spending(kernel("rows_f16_1", "gfx942", loop=loop(32, vector=160)))
     assert (more.exceeds, more.surely_exceeds) == (True, True)
     # 64 columns: few instructions, but each keeps the matrix unit busy.
-    matrix = rocm_check.spending(kernel("tiles_f16_64", "gfx1100", loop=loop(1024, matrix=8)))
+    matrix = rocm_check.spending(kernel("pipelined_f16_64", "gfx1100", loop=loop(1024, matrix=8)))
     assert (matrix.exceeds, matrix.surely_exceeds) == (False, True)
 
 
@@ -406,13 +435,13 @@ def test_over_budget() -> None:
         kernel("rows_f16_1", "gfx942", loop=over),
         kernel("rows_f16_1", "gfx906", loop=over),
         kernel("rows_f16_16", "gfx942", loop=loop(32 * 16, vector=120, scalar=40)),
-        kernel("tiles_f16_64", "gfx1100", loop=loop(1024, vector=16, matrix=8)),
+        kernel("pipelined_f16_64", "gfx1100", loop=loop(1024, vector=16, matrix=8)),
     ])  # fmt: skip
     assert [line.split(None, 1)[1] for line in lines] == [
         "rows_f16_1      q4_0! 5.0/5.0 of 4.3, q4_1! 5.0/5.0 of 4.8",
         "rows_f16_8      q4_0! 5.0/5.0 of 4.3",
         "rows_f16_16     q4_0 5.0/3.8 of 4.3",
-        "XTX   tiles_f16_64    q4_0! 1.5/17.0 of 9.0",
+        "XTX   pipelined_f16_64 q4_0! 1.5/17.0 of 9.0",
     ]
 
 
@@ -467,15 +496,15 @@ def test_modelled() -> None:
         kernel("rows_f16_1", "gfx1100", loop=turn),
         kernel("rows_f16_1", "gfx1100", unit="Q8_0", loop=broken),
         kernel("rows_f16_1", "gfx942", loop=turn),
-        kernel("tiles_f16_16", "gfx1100", loop=wmma),
+        kernel("pipelined_f16_16", "gfx1100", loop=wmma),
         kernel("rows_f16_1", "gfx906", loop=turn),
         kernel("rows_f16_2", "gfx942", loop=turn),
-        kernel("tiles_f16_16", "gfx942"),
+        kernel("pipelined_f16_16", "gfx942"),
     ])  # fmt: skip
     assert [" ".join(line.split()) for line in lines] == [
+        "pipelined_f16_16 gfx1100 q4_0 not modelled: LLVM takes v_wmma for an ordinary instruction",
         "rows_f16_1 gfx942 q4_0 400 clocks a turn, 256 of them issuing, 32 weights a lane",
         "rows_f16_1 gfx1100 q4_0 300 clocks a turn, 64 of them issuing, 32 weights a lane",
-        "tiles_f16_16 gfx1100 q4_0 not modelled: LLVM takes v_wmma for an ordinary instruction",
     ]
     assert errors == ["Q8_0 rows_f16_1 gfx1100: llvm-mca\nplanted"]
 
@@ -683,4 +712,4 @@ def test_a_rule_without_kernels_is_an_error(monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(rocm_check, "Toolchain", lambda root: OneKernel())
     assert rocm_check.main(["--arch", "gfx942"]) == 2
-    assert "ERROR no kernel is covered by Rule(kernels='tiles_f16_*'" in capsys.readouterr().out
+    assert "ERROR no kernel is covered by Rule(kernels='pipelined_f16_*'" in capsys.readouterr().out

@@ -29,11 +29,11 @@ DEVICES = itertools.count(1)  # 0 is left alone: it could be a real one
 TABLE = {1: "rows", 8: "rows", 16: "blas"}
 TIMES = {
     "rows": {1: 10.0, 8: 20.0, 16: 40.0},
-    "tiles_16": {1: 9.8, 8: 12.0, 16: 12.5},
+    "reference": {1: 9.8, 8: 12.0, 16: 12.5},
     "blas": {1: 60.0, 8: 60.0, 16: 60.0},
 }
-PLAN = ((1, "rows"), (16, "tiles_16"))
-TEXT = "1 rows\n16 tiles_16\n"
+PLAN = ((1, "rows"), (16, "reference"))
+TEXT = "1 rows\n16 reference\n"
 
 
 @pytest.fixture(autouse=True)
@@ -128,10 +128,10 @@ def test_what_was_found_is_reported_and_followed(device) -> None:
 def test_report_is_a_table(device) -> None:
     assert str(tune(save=False)).splitlines() == [
         f"64x256 q4_k, float16, on GPU {device} (sm_00): microseconds",
-        " M  rows  tiles_16  blas  plan",
-        " 1  10.0       9.8  60.0  rows",
-        " 8  20.0      12.0  60.0  tiles_16, 1.67x as fast as rows",
-        "16  40.0      12.5  60.0  tiles_16, 4.80x as fast as blas",
+        " M  rows  reference  blas  plan",
+        " 1  10.0        9.8  60.0  rows",
+        " 8  20.0       12.0  60.0  reference, 1.67x as fast as rows",
+        "16  40.0       12.5  60.0  reference, 4.80x as fast as blas",
     ]
 
 
@@ -302,7 +302,7 @@ def test_plans_are_saved_with_what_they_hold_for(device, folder) -> None:
                 "packed": True,
                 "n": 64,
                 "k": 256,
-                "plan": [[1, "rows"], [16, "tiles_16"]],
+                "plan": [[1, "rows"], [16, "reference"]],
             }
         ],
     }
@@ -319,7 +319,7 @@ def test_saved_plans_come_back_at_a_devices_first_product(monkeypatch, folder) -
     path = folder / "tune.json"
     for plan in (
         saved(),
-        saved(dtype="bfloat16", plan=((3, "tiles_64"),)),
+        saved(dtype="bfloat16", plan=((3, "reference"),)),
         saved(format="q5_k", torch_q4="0.0.1"),
         saved(format="q6_k", device="another"),
         saved(format="q8_0", architecture="sm_01"),
@@ -328,7 +328,7 @@ def test_saved_plans_come_back_at_a_devices_first_product(monkeypatch, folder) -
     number = next(DEVICES)
     fake_gpu(monkeypatch, number, "GPU")
     assert plan_text(number) == TEXT
-    assert plan_text(number, dtype=torch.bfloat16) == "3 tiles_64\n"
+    assert plan_text(number, dtype=torch.bfloat16) == "3 reference\n"
     for fmt in ("q5_k", "q6_k", "q8_0"):
         assert plan_text(number, fmt) == "", "of another version, device or architecture"
     path.unlink()

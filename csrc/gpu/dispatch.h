@@ -10,14 +10,17 @@
 namespace torch_q4::gpu {
 
 enum class LinearKernel {
-  kReference,   // a thread per output; what the others are compared with
-  kRows,        // reads the weight once for up to 8 rows of x
-  kRowsInt8,    // the same with activations rounded to int8
-  kTiles16,     // matrix cores, 16 rows of x at a time
-  kTiles64,     // the same, 64 rows
-  kHopperRows,  // Hopper's, 8 to 128 rows
-  kHopperMany,  // Hopper's, 128 or 256 rows
-  kBlas,        // dequantises, then torch's own product
+  kReference,     // a thread per output; what the others are compared with
+  kRows,          // reads the weight once for up to 8 rows of x
+  kRowsInt8,      // the same with activations rounded to int8
+  kTiles16,       // NVIDIA's matrix cores, 16 rows of x at a time
+  kTiles64,       // the same, 64 rows
+  kPipelined16,   // AMD's, 16 rows of x at a time
+  kPipelined64,   // the same, 64 rows
+  kPipelined128,  // the same, 128 rows
+  kHopperRows,    // Hopper's, 8 to 128 rows
+  kHopperMany,    // Hopper's, 128 or 256 rows
+  kBlas,          // dequantises, then torch's own product
 };
 
 struct LinearCase {
@@ -48,18 +51,26 @@ struct LinearKernelInfo {
   LinearKernel kernel;
   LinearRule::Layouts layouts;
   LinearRule::DTypes dtypes;
-  bool hopper_only = false;
+  enum Families { kAnyFamily, kAnyNvidia, kHopperOnly, kAnyAmd } families = kAnyFamily;
 };
 
 constexpr LinearKernelInfo kLinearKernels[] = {
     {"reference", LinearKernel::kReference, LinearRule::kAnyLayout, LinearRule::kAnyDType},
     {"rows", LinearKernel::kRows, LinearRule::kAnyLayout, LinearRule::kAnyDType},
-    {"tiles_16", LinearKernel::kTiles16, LinearRule::kPackedOnly, LinearRule::k16Bit},
-    {"tiles_64", LinearKernel::kTiles64, LinearRule::kPackedOnly, LinearRule::k16Bit},
+    {"tiles_16", LinearKernel::kTiles16, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     LinearKernelInfo::kAnyNvidia},
+    {"tiles_64", LinearKernel::kTiles64, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     LinearKernelInfo::kAnyNvidia},
+    {"pipelined_16", LinearKernel::kPipelined16, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     LinearKernelInfo::kAnyAmd},
+    {"pipelined_64", LinearKernel::kPipelined64, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     LinearKernelInfo::kAnyAmd},
+    {"pipelined_128", LinearKernel::kPipelined128, LinearRule::kPackedOnly, LinearRule::k16Bit,
+     LinearKernelInfo::kAnyAmd},
     {"hopper_rows", LinearKernel::kHopperRows, LinearRule::kPackedOnly, LinearRule::k16Bit,
-     /*hopper_only=*/true},
+     LinearKernelInfo::kHopperOnly},
     {"hopper_many", LinearKernel::kHopperMany, LinearRule::kPackedOnly, LinearRule::k16Bit,
-     /*hopper_only=*/true},
+     LinearKernelInfo::kHopperOnly},
     {"blas", LinearKernel::kBlas, LinearRule::kAnyLayout, LinearRule::kAnyDType},
 };
 
@@ -70,7 +81,17 @@ constexpr bool takes_dtype(const LinearKernelInfo& kernel, DType dtype) {
   return kernel.dtypes == LinearRule::kAnyDType || dtype != kFloat32;
 }
 constexpr bool takes_family(const LinearKernelInfo& kernel, Family family) {
-  return !kernel.hopper_only || family == Family::kHopper;
+  const bool amd = family == Family::kAmdMatrix || family == Family::kAmdNoMatrix;
+  switch (kernel.families) {
+    case LinearKernelInfo::kAnyNvidia:
+      return !amd;
+    case LinearKernelInfo::kHopperOnly:
+      return family == Family::kHopper;
+    case LinearKernelInfo::kAnyAmd:
+      return amd;
+    default:
+      return true;
+  }
 }
 
 // What hopper_many_T_C and torch's own product should take, in nanoseconds: fitted to what they did
@@ -176,10 +197,12 @@ constexpr LinearRule kAmdMatrixRules[] = {
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 2,
      LinearKernel::kRowsInt8},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 2, LinearKernel::kRows},
-    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 48,
-     LinearKernel::kTiles16},
-    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 128,
-     LinearKernel::kTiles64},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 16,
+     LinearKernel::kPipelined16},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 64,
+     LinearKernel::kPipelined64},
+    {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 256,
+     LinearKernel::kPipelined128},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kInt8Only, 8,
      LinearKernel::kRowsInt8},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
@@ -195,7 +218,7 @@ constexpr LinearRule kAmdNoMatrixRules[] = {
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, 8,
      LinearKernel::kRows},
     {LinearRule::kPackedOnly, LinearRule::k16Bit, LinearRule::kAnyCompute, 32,
-     LinearKernel::kTiles16},
+     LinearKernel::kPipelined16},
     {LinearRule::kAnyLayout, LinearRule::kAnyDType, LinearRule::kAnyCompute, kAnyNumber,
      LinearKernel::kBlas},
 };
@@ -226,6 +249,18 @@ constexpr LinearKernel choose_linear(const LinearCase& c) {
     default:
       return first_fitting(kNvidiaRules, c);
   }
+}
+
+// Parts that K is cut into for pipelined_T_C, so that the device has three blocks for each
+// multiprocessor. Fewer than 512 elements of K are too little for a block: its waves share them
+// out.
+constexpr int32_t pipelined_splits(int64_t m, int64_t n, int64_t k, int x_rows,
+                                   int multiprocessors) {
+  const int64_t groups = n / kGroupRows, block_groups = pipelined_groups(x_rows);
+  const int64_t blocks = (groups + block_groups - 1) / block_groups * ((m + x_rows - 1) / x_rows);
+  const int64_t wanted = blocks < 1 ? 1 : 3 * multiprocessors / blocks, most = k / 512;
+  const int64_t splits = wanted < most ? wanted : most;
+  return static_cast<int32_t>(splits < 1 ? 1 : splits > 16 ? 16 : splits);
 }
 
 // How hopper_rows_T_C cuts up a product of m rows of x with n packed rows of W.

@@ -54,15 +54,6 @@ void rows_that_are_not_packed(const Call& call, LinearArgs args) {
   if (args.row_begin < args.n) run_rows(call, args, /*int8=*/false);
 }
 
-void run_tiles(const Call& call, LinearArgs args, int width) {
-  const int x_rows = kTilesXRows[width];
-  args.row_end = args.n / kGroupRows * kGroupRows;
-  by_rows(args, kMostGridY * x_rows, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
-    call.run(tiles_kernel(args.dtype, width), rows_grid(part, x_rows), part);
-  });
-  rows_that_are_not_packed(call, args);
-}
-
 // Adds up `partial`, (splits, rows of out, rows of W).
 SumArgs sum_args(const Tensor& partial, void* out, DType dtype) {
   SumArgs args = {};
@@ -90,6 +81,46 @@ void add_up(const Call& call, const Tensor& partial, const LinearArgs& args) {
   call.run_common(kSumSplits, sum_grid(sum), sum, block);
 }
 
+// Rows of x that are arranged at a time, at most kPanelBytes of them: so few that no grid is too
+// large.
+int64_t arranged_rows(int64_t k) {
+  constexpr int64_t kMultiple = 256;  // whole blocks
+  const int64_t rows = kPanelBytes / arranged_bytes(1, k, 1) / kMultiple * kMultiple;
+  return std::max(rows, kMultiple);
+}
+
+void run_tiles(const Call& call, LinearArgs args, int width) {
+  const int x_rows = kTilesXRows[width];
+  args.row_end = args.n / kGroupRows * kGroupRows;
+  by_rows(args, kMostGridY * x_rows, dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    call.run(tiles_kernel(args.dtype, width), rows_grid(part, x_rows), part);
+  });
+  rows_that_are_not_packed(call, args);
+}
+
+void run_pipelined(const Call& call, LinearArgs args, int width) {
+  const FormatInfo& format = call.format;
+  const int x_rows = kPipelinedXRows[width];
+  const auto block_elems = static_cast<int32_t>(format.block_elems);
+  args.row_end = args.n / kGroupRows * kGroupRows;
+  by_rows(args, arranged_rows(args.k), dtype_bytes(args.dtype), [&](const LinearArgs& part) {
+    if (part.row_end == 0) return;
+    const Tensor arranged =
+        call.empty({arranged_lanes_bytes(part.m, part.k, x_rows, block_elems)}, ScalarType::Byte);
+    const ArrangeArgs arrange = {part.x,     arranged.mutable_data_ptr(), part.m, part.k, x_rows,
+                                 block_elems};
+    call.run_common(kArrangeLanes, arrange_lanes_grid(arrange), arrange);
+    PipelinedArgs all = {
+        part, arrange.out, nullptr,
+        pipelined_splits(part.m, part.n, part.k, x_rows, call.info().multiprocessors)};
+    std::optional<Tensor> partial = partial_sums(call, part, all.splits);
+    if (partial) all.partial = static_cast<float*>(partial->mutable_data_ptr());
+    call.run(pipelined_kernel(args.dtype, width), pipelined_grid(all, x_rows), all);
+    if (partial) add_up(call, *partial, part);
+  });
+  rows_that_are_not_packed(call, args);
+}
+
 void run_hopper_rows(const Call& call, LinearArgs args) {
   const FormatInfo& format = call.format;
   const DeviceInfo& info = call.info();
@@ -109,13 +140,6 @@ void run_hopper_rows(const Call& call, LinearArgs args) {
     if (partial) add_up(call, *partial, part);
   });
   rows_that_are_not_packed(call, args);
-}
-
-// Rows of x that are arranged at a time, at most kPanelBytes of them.
-int64_t arranged_rows(int64_t k) {
-  constexpr int64_t kMultiple = 256;  // whole blocks
-  const int64_t rows = kPanelBytes / arranged_bytes(1, k, 1) / kMultiple * kMultiple;
-  return std::max(rows, kMultiple);
 }
 
 void run_hopper_many(const Call& call, LinearArgs args) {
@@ -298,8 +322,19 @@ Tensor run_linear(const char* op, const Tensor& x, const Tensor& blocks, const F
       run_reference(call, args);
       break;
     case LinearKernel::kTiles16:
+      run_tiles(call, args, 0);
+      break;
     case LinearKernel::kTiles64:
-      run_tiles(call, args, kernel == LinearKernel::kTiles16 ? 0 : 1);
+      run_tiles(call, args, 1);
+      break;
+    case LinearKernel::kPipelined16:
+      run_pipelined(call, args, 0);
+      break;
+    case LinearKernel::kPipelined64:
+      run_pipelined(call, args, 1);
+      break;
+    case LinearKernel::kPipelined128:
+      run_pipelined(call, args, 2);
       break;
     case LinearKernel::kHopperRows:
       run_hopper_rows(call, args);

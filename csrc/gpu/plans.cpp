@@ -108,9 +108,15 @@ const char* linear_kernel_name(LinearKernel kernel) {
 }
 
 void check_kernel_runs_on(const char* op, const LinearKernelInfo& kernel, int device) {
-  if (!kernel.hopper_only) return;  // without asking a driver, which there may not be
+  // Without asking a driver, which there may not be.
+  if (kernel.families == LinearKernelInfo::kAnyFamily) return;
   const DeviceInfo& info = device_info(op, device);
   if (takes_family(kernel, info.family)) return;
+  if (kernel.families != LinearKernelInfo::kHopperOnly) {
+    const bool amd = kernel.families == LinearKernelInfo::kAnyAmd;
+    fail(op, ": the GPU must be ", amd ? "AMD's" : "NVIDIA's", " for ", kernel.name, ", got ",
+         info.architecture);
+  }
   const bool is_hopper = info.architecture == "sm_90";
   fail(op, ": the GPU must be sm_90, with kernels built for sm_90a, for ", kernel.name, ", got ",
        info.architecture, is_hopper ? " with kernels for " : "", is_hopper ? built_for_cuda() : "");

@@ -227,6 +227,8 @@ std::string kernel_name(Kernel kernel) {
       return "quantize_activations";
     case kSumSplits:
       return "sum_splits";
+    case kArrangeLanes:
+      return "arrange_lanes";
     case kArrange:
       return "arrange";
     default:
@@ -239,10 +241,15 @@ std::string kernel_name(Kernel kernel) {
                       kRowsXRows[place % kRowsWidths]);
   }
   if (kernel < kTiles) return with_width("rows_int8", kRowsXRows[kernel - kRowsInt8]);
-  if (kernel < kHopperRows) {
+  if (kernel < kPipelined) {
     const int place = kernel - kTiles;
     return with_width(std::string("tiles_") + kSuffixes[1 + place / kTilesWidths],
                       kTilesXRows[place % kTilesWidths]);
+  }
+  if (kernel < kHopperRows) {
+    const int place = kernel - kPipelined;
+    return with_width(std::string("pipelined_") + kSuffixes[1 + place / kPipelinedWidths],
+                      kPipelinedXRows[place % kPipelinedWidths]);
   }
   if (kernel < kHopperMany) {
     const int place = kernel - kHopperRows;

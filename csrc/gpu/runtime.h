@@ -27,6 +27,7 @@ enum CodeObject : int {
 constexpr int kDTypes = 3;
 constexpr int kRowsWidths = sizeof(kRowsXRows) / sizeof(int);
 constexpr int kTilesWidths = sizeof(kTilesXRows) / sizeof(int);
+constexpr int kPipelinedWidths = sizeof(kPipelinedXRows) / sizeof(int);
 constexpr int kHopperRowsWidths = sizeof(kHopperRowsXRows) / sizeof(int);
 constexpr int kHopperManyWidths = sizeof(kHopperManyXRows) / sizeof(int);
 
@@ -42,22 +43,28 @@ enum Kernel : int {
   kRows = kReference + kDTypes,
   kRowsInt8 = kRows + kDTypes * kRowsWidths,
   kTiles = kRowsInt8 + kRowsWidths,
-  kHopperRows = kTiles + (kDTypes - 1) * kTilesWidths,
+  kPipelined = kTiles + (kDTypes - 1) * kTilesWidths,
+  kHopperRows = kPipelined + (kDTypes - 1) * kPipelinedWidths,
   kHopperMany = kHopperRows + (kDTypes - 1) * kHopperRowsWidths,
   kQuantizeActivations = kHopperMany + (kDTypes - 1) * kHopperManyWidths,
   kSumSplits,
+  kArrangeLanes,
   kArrange,
   kKernelCount
 };
 
 constexpr Kernel reference_kernel(DType dtype) { return Kernel(kReference + dtype); }
-// `width` is a position in kRowsXRows, kTilesXRows, kHopperRowsXRows or kHopperManyXRows.
+// `width` is a position in kRowsXRows, kTilesXRows, kPipelinedXRows, kHopperRowsXRows or
+// kHopperManyXRows.
 constexpr Kernel rows_kernel(DType dtype, int width) {
   return Kernel(kRows + dtype * kRowsWidths + width);
 }
 constexpr Kernel rows_int8_kernel(int width) { return Kernel(kRowsInt8 + width); }
 constexpr Kernel tiles_kernel(DType dtype, int width) {
   return Kernel(kTiles + (dtype - 1) * kTilesWidths + width);
+}
+constexpr Kernel pipelined_kernel(DType dtype, int width) {
+  return Kernel(kPipelined + (dtype - 1) * kPipelinedWidths + width);
 }
 constexpr Kernel hopper_rows_kernel(DType dtype, int width) {
   return Kernel(kHopperRows + (dtype - 1) * kHopperRowsWidths + width);

@@ -11,7 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__HIPCC__) || defined(__CUDACC__)
+#if defined(__HIPCC__)
+// AMD's compiler leaves some calls of a large kernel, and then keeps in memory what they refer to.
+#define TORCH_Q4_HOST_DEVICE __host__ __device__ __attribute__((always_inline))
+#elif defined(__CUDACC__)
 #define TORCH_Q4_HOST_DEVICE __host__ __device__
 #else
 #define TORCH_Q4_HOST_DEVICE
@@ -43,6 +46,9 @@ TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half);
 
 // float32 to IEEE binary16 bits, rounding to nearest even, overflowing to infinity.
 TORCH_Q4_HOST_DEVICE inline uint16_t float_to_half(float value);
+
+// a or b. AMD's compiler would branch, and keep two versions of what follows.
+TORCH_Q4_HOST_DEVICE inline uint32_t choose_word(bool first, uint32_t a, uint32_t b);
 
 // Byte i is 16 where bit i of four bits is set, else 0: the factor puts copies of the four at bits
 // 0, 7, 14 and 21, which brings bit i to bit 8 i.

@@ -10,6 +10,7 @@ namespace TORCH_Q4_NAMESPACE {
 
 constexpr int kWaveLanes = 32;  // lanes that run in step
 constexpr bool kFewRegisters = false;
+constexpr bool kLoadsFillRegisters = true;
 
 TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half) {
   float value;
@@ -20,6 +21,10 @@ TORCH_Q4_HOST_DEVICE inline uint16_t float_to_half(float value) {
   uint16_t half;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
+}
+
+TORCH_Q4_HOST_DEVICE inline uint32_t choose_word(bool first, uint32_t a, uint32_t b) {
+  return first ? a : b;
 }
 
 TORCH_Q4_DEVICE void schedule_fence() { asm volatile("" ::: "memory"); }

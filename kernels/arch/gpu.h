@@ -166,6 +166,20 @@ TORCH_Q4_DEVICE uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c);
 //                  sum_place(lane, r) and of row sum_x_row(lane, c, r) of x
 //   kPartialSums   whether the sums of the k_lanes have still to be added up
 //   kMaxTiles      tiles of 16 rows of x for which one wave may keep its sums
-//   multiply       adds the products of a portion
+//   kPieceWords    words of a portion that one call of multiply takes
+//   multiply       adds the products of a piece of a portion
+//   kHeld          AMD's: what linear/pipelined.h keeps in registers
+
+// By the position of the number of rows of x in gpu::kPipelinedXRows: groups of 16 rows of W that a
+// wave multiplies with all of them, and pieces of x.
+struct HeldInRegisters {
+  int of_w[3], of_x[3];
+
+  TORCH_Q4_HOST_DEVICE static constexpr int position(int x_rows) {
+    return x_rows <= 16 ? 0 : x_rows <= 64 ? 1 : 2;
+  }
+  TORCH_Q4_HOST_DEVICE constexpr int groups(int x_rows) const { return of_w[position(x_rows)]; }
+  TORCH_Q4_HOST_DEVICE constexpr int pieces(int x_rows) const { return of_x[position(x_rows)]; }
+};
 
 }  // namespace TORCH_Q4_NAMESPACE

@@ -10,6 +10,9 @@
 // compiler needs none.
 #define TORCH_Q4_BLOCKS(threads, blocks) __launch_bounds__(threads)
 
+// A lambda of device code that must not become a function of its own.
+#define TORCH_Q4_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace TORCH_Q4_NAMESPACE {
 
 // Lanes that run in step.
@@ -27,6 +30,14 @@ constexpr bool kFewRegisters = true;
 constexpr bool kFewRegisters = false;
 #endif
 
+// Whether a load of one or two bytes has a register of 32 bits to itself. Where two of them may
+// share one, the compiler lets the second wait for the first.
+#if defined(__GFX11__) || defined(__GFX12__)
+constexpr bool kLoadsFillRegisters = false;
+#else
+constexpr bool kLoadsFillRegisters = true;
+#endif
+
 TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half) {
   return static_cast<float>(__builtin_bit_cast(_Float16, half));
 }
@@ -35,6 +46,11 @@ TORCH_Q4_HOST_DEVICE inline uint16_t float_to_half(float value) {
 }
 TORCH_Q4_HOST_DEVICE inline float byte_to_float(uint32_t word, int index) {
   return static_cast<float>(word >> 8 * index & 0xFFu);
+}
+
+TORCH_Q4_HOST_DEVICE inline uint32_t choose_word(bool first, uint32_t a, uint32_t b) {
+  const uint32_t second = first ? 0 : ~0u;
+  return (a & ~second) | (b & second);
 }
 
 TORCH_Q4_DEVICE void schedule_fence() { __builtin_amdgcn_sched_barrier(0); }

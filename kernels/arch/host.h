@@ -47,6 +47,8 @@ inline uint16_t float_to_half(float value) {
 #endif
 }
 
+inline uint32_t choose_word(bool first, uint32_t a, uint32_t b) { return first ? a : b; }
+
 inline void expand_to_16(uint32_t bits, uint8_t* out) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_maskz_set1_epi8(bits, 16));

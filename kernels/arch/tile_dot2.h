@@ -10,8 +10,11 @@ namespace TORCH_Q4_NAMESPACE {
 template <class T>
 struct Tile {
   static constexpr int kRowSlots = 1, kXRowSlots = 16, kKLanes = kWaveLanes / 16, kSums = 1;
-  static constexpr int kMaxTiles = 2;  // more would not fit into the instruction cache
+  static constexpr int kMaxTiles =
+      kHasDot2<T> ? 2 : 1;  // more would not fit into the instruction cache
+  static constexpr int kPieceWords = 4;
   static constexpr bool kPartialSums = true;
+  static constexpr HeldInRegisters kHeld = {{1, 1, 1}, {1, 1, 1}};
 
   TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
   TORCH_Q4_DEVICE static int x_row(int, int slot) { return slot; }
@@ -19,10 +22,10 @@ struct Tile {
   TORCH_Q4_DEVICE static int sum_place(int lane, int) { return lane % 16; }
   TORCH_Q4_DEVICE static int sum_x_row(int, int slot, int) { return slot; }
 
-  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], int piece, const uint32_t (&x)[4],
                                        float (&sums)[1]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[0] = dot2<T>(w[0][i], x[i], sums[0]);
+    for (int i = 0; i < 4; ++i) sums[0] = dot2<T>(w[0][4 * piece + i], x[i], sums[0]);
   }
 };
 

@@ -12,6 +12,7 @@ namespace TORCH_Q4_NAMESPACE {
 template <class T>
 struct Tile {
   static constexpr int kRowSlots = 2, kXRowSlots = 2, kKLanes = 4, kSums = 4, kMaxTiles = 4;
+  static constexpr int kPieceWords = 4;
   static constexpr bool kPartialSums = false;
 
   TORCH_Q4_DEVICE static int place(int lane, int slot) { return lane / 4 + 8 * slot; }
@@ -22,11 +23,12 @@ struct Tile {
     return 8 * slot + lane % 4 * 2 + sum % 2;
   }
 
-  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[2][8], const uint32_t (&x)[8],
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[2][8], int piece, const uint32_t (&x)[4],
                                        float (&sums)[4]) {
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      step(w[0][i], w[1][i], w[0][i + 1], w[1][i + 1], x[i], x[i + 1], sums);
+    for (int i = 0; i < 4; i += 2) {
+      const int at = 4 * piece + i;
+      step(w[0][at], w[1][at], w[0][at + 1], w[1][at + 1], x[i], x[i + 1], sums);
     }
   }
 

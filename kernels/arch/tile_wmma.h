@@ -14,11 +14,13 @@ namespace TORCH_Q4_NAMESPACE {
 template <class T>
 struct Tile {
 #if defined(__GFX12__)
-  static constexpr int kKLanes = 2;
+  static constexpr int kKLanes = 2, kPieceWords = 4;
+  static constexpr HeldInRegisters kHeld = {{2, 2, 1}, {8, 2, 4}};
 #else
-  static constexpr int kKLanes = 1;
+  static constexpr int kKLanes = 1, kPieceWords = 8;
+  static constexpr HeldInRegisters kHeld = {{2, 2, 1}, {4, 2, 2}};
 #endif
-  static constexpr int kRowSlots = 1, kXRowSlots = 1, kSums = 8, kMaxTiles = 4;
+  static constexpr int kRowSlots = 1, kXRowSlots = 1, kSums = 8, kMaxTiles = 8;
   static constexpr bool kPartialSums = false;
 
   TORCH_Q4_DEVICE static int place(int lane, int) { return lane % 16; }
@@ -29,16 +31,16 @@ struct Tile {
   }
   TORCH_Q4_DEVICE static int sum_x_row(int lane, int, int) { return lane % 16; }
 
-  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], const uint32_t (&x)[8],
-                                       float (&sums)[8]) {
+  TORCH_Q4_DEVICE static void multiply(const uint32_t (&w)[1][8], int piece,
+                                       const uint32_t (&x)[kPieceWords], float (&sums)[8]) {
     Sums c = words<Sums>(reinterpret_cast<const uint32_t*>(sums));
-    steps(w[0], x, c);
+    steps(w[0] + kPieceWords * piece, x, c);
     __builtin_memcpy(sums, &c, sizeof(c));
   }
 
  private:
   using Sums = float __attribute__((ext_vector_type(8)));
-  TORCH_Q4_DEVICE static void steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c);
+  TORCH_Q4_DEVICE static void steps(const uint32_t* w, const uint32_t* x, Sums& c);
 
   template <class Vector>
   TORCH_Q4_DEVICE static Vector words(const uint32_t* from) {
@@ -50,33 +52,23 @@ struct Tile {
 
 #if defined(__GFX12__)
 template <>
-TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c) {
+TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t* w, const uint32_t* x, Sums& c) {
   using Eight = _Float16 __attribute__((ext_vector_type(8)));
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(words<Eight>(w + i), words<Eight>(x + i),
-                                                         c);
-  }
+  c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(words<Eight>(w), words<Eight>(x), c);
 }
 template <>
-TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8],
-                                           Sums& c) {
+TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t* w, const uint32_t* x, Sums& c) {
   using Eight = short __attribute__((ext_vector_type(8)));
-#pragma unroll
-  for (int i = 0; i < 8; i += 4) {
-    c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(words<Eight>(w + i), words<Eight>(x + i),
-                                                          c);
-  }
+  c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(words<Eight>(w), words<Eight>(x), c);
 }
 #else
 template <>
-TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8], Sums& c) {
+TORCH_Q4_DEVICE void Tile<Float16>::steps(const uint32_t* w, const uint32_t* x, Sums& c) {
   using Sixteen = _Float16 __attribute__((ext_vector_type(16)));
   c = __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(words<Sixteen>(w), words<Sixteen>(x), c);
 }
 template <>
-TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t (&w)[8], const uint32_t (&x)[8],
-                                           Sums& c) {
+TORCH_Q4_DEVICE void Tile<BFloat16>::steps(const uint32_t* w, const uint32_t* x, Sums& c) {
   using Sixteen = short __attribute__((ext_vector_type(16)));
   c = __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(words<Sixteen>(w), words<Sixteen>(x), c);
 }

@@ -3,13 +3,13 @@
 //   Block                    the bytes as they lie in a GGUF file, sizeof asserted
 //   kName, kTypeId           "q4_0" and ggml's type number (negative: not a ggml type)
 //   kBlockElems              elements in a block
-//   kCodeBits                bits of a code
+//   kCodeBits                bits of what unpack gives: with a codebook, of its largest entry
 //   kGroupElems              elements that share a scale, 16 or 32
 //   kOffset, kHasShift       value = scale * (code - kOffset) [+ shift, where kHasShift]
 //   unpack(block, codes, scales, shifts)
 //                            kBlockElems unsigned codes in element order, kBlockElems / kGroupElems
 //                            scales and, where kHasShift, as many shifts
-//   kChunks                  how the packed layout (packed.h) cuts the block up, wide chunks first
+//   kChunks                  how the packed layout cuts the block up, in the order of packed.h
 //   packed_codes(rows, segment), packed_scales(rows, scales, shifts)
 //                            the same as unpack, of 16 packed rows at once: the codes of elements
 //                            16 segment to 16 segment + 15, and [group][row] scales and shifts.
@@ -23,7 +23,8 @@
 //                            codebooks.h), interleave and join(low, high, half) put 8 and 8 bytes
 //                            together, spread(bytes, quarter) takes 16 two-bit codes out of four
 //                            bytes, base_3(bytes, digit) a digit of 0 to 4 out of each byte;
-//                            choose(first, a, b) is a or b
+//                            choose(first, a, b) is a or b. Byte vectors have & ^ << >> with a
+//                            number and | with each other; shifts stay within bytes
 //   part_scales(row, part, scales, shifts)
 //                            of one row, what a GPU's thread decodes at a time: of a block of 128
 //                            or 256, part p is segments 8 (p / 2) + p % 2 + {0, 2, 4, 6}; a block

@@ -43,9 +43,9 @@ TORCH_Q4_HOST_DEVICE inline void part_6bit_pairs(uint32_t low, uint32_t mid, uin
                                                  float* shifts) {
   const bool first = part < 2;
   const uint32_t scale =
-      first ? low & 0x3F3F3F3Fu : (high & 0x0F0F0F0Fu) | (low >> 2 & 0x30303030u);
+      choose_word(first, low & 0x3F3F3F3Fu, (high & 0x0F0F0F0Fu) | (low >> 2 & 0x30303030u));
   const uint32_t minimum =
-      first ? mid & 0x3F3F3F3Fu : (high >> 4 & 0x0F0F0F0Fu) | (mid >> 2 & 0x30303030u);
+      choose_word(first, mid & 0x3F3F3F3Fu, (high >> 4 & 0x0F0F0F0Fu) | (mid >> 2 & 0x30303030u));
   for (int i = 0; i < 4; ++i) {
     scales[i] = d * byte_to_float(scale, i);
     shifts[i] = -(dmin * byte_to_float(minimum, i));

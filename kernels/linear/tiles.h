@@ -1,4 +1,4 @@
-// linear on matrix cores: packed weights, float16 or bfloat16 activations. A block of threads takes
+// linear on NVIDIA's matrix cores: packed weights, float16 or bfloat16 activations. A block takes
 // 16 rows of W and kXRows of x; its waves share out k. Each weight is decoded once for all of the
 // block's rows of x, straight into the registers that the matrix instruction reads, and rounded to
 // x's dtype once, as dequantising it to that dtype would.
@@ -66,7 +66,10 @@ TORCH_Q4_DEVICE void multiply_tiles(const gpu::LinearArgs& a, int64_t first_row,
 #pragma unroll
             for (int j = 0; j < 8; ++j) x.w[j] = 0;
           }
-          Tile::multiply(weights, x.w, sums[tile][slot]);
+          uint32_t halves[2][4];
+          __builtin_memcpy(halves, x.w, sizeof(halves));
+          Tile::multiply(weights, 0, halves[0], sums[tile][slot]);
+          Tile::multiply(weights, 1, halves[1], sums[tile][slot]);
           if (slot % 4 == 3) schedule_fence();
         }
         schedule_fence();

@@ -82,6 +82,7 @@ struct PairDecoder {
 
   uint32_t scale[kPartScales<Format>], start[kPartScales<Format>];
 
+  PairDecoder() = default;
   template <class Row>
   TORCH_Q4_DEVICE PairDecoder(const Row& row, int part) {
     if constexpr (kInPairs) {

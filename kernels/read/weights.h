@@ -110,27 +110,48 @@ struct PackedRow : SmallChunks<Format, PackedRow<Format>> {
   template <int kIndex>
   static constexpr int kSmallAlign = Format::kChunks[kIndex].size;
 
-  TORCH_Q4_DEVICE const uint8_t* chunk(int offset, int size, int place) const {
-    return group + (start + static_cast<uint32_t>(size * place)) + offset;
+  // A place in the group: what differs between threads, and what is known when this is compiled.
+  struct Offset {
+    uint32_t thread;
+    int fixed;
+  };
+  TORCH_Q4_DEVICE const uint8_t* at_offset(const Offset& offset) const {
+    return group + offset.thread + offset.fixed;
   }
-  TORCH_Q4_DEVICE Bytes line(int index) const {
-    return load_line<16>(chunk(256 * index, 16, line_row(row)));
+  TORCH_Q4_DEVICE Offset chunk(int offset, int size, int place) const {
+    return {start + static_cast<uint32_t>(size * place), offset};
   }
-  TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
-    const int offset = 256 * kLineCount<Format> + 32 * (index - kLineCount<Format>);
-    return expand_bits(*reinterpret_cast<const uint16_t*>(chunk(offset, 2, line_row(row))));
-  }
-  TORCH_Q4_DEVICE Bytes digits(int index) const {
-    const int offset = 256 * kLineCount<Format> + 64 * (index - kLineCount<Format>);
-    return expand_digits(*reinterpret_cast<const uint32_t*>(chunk(offset, 4, line_row(row))));
+  // Chunk `index`, which goes with lines.
+  template <int kSize>
+  TORCH_Q4_DEVICE Offset chunk_with_lines(int index) const {
+    const int before = index - kLineCount<Format>;
+    return chunk(256 * kLineCount<Format> + kTileRows * kSize * before, kSize, line_row(row));
   }
   template <int kIndex>
-  TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
+  TORCH_Q4_DEVICE Offset small_offset() const {
     return chunk(chunk_start<Format>(kIndex), Format::kChunks[kIndex].size, row);
   }
   template <int kFirst>
+  TORCH_Q4_DEVICE Offset offset_of(int offset) const {
+    return {start + static_cast<uint32_t>(packed_place<Format, kFirst>(offset, row)), 0};
+  }
+
+  TORCH_Q4_DEVICE Bytes line(int index) const {
+    return load_line<16>(at_offset(chunk(256 * index, 16, line_row(row))));
+  }
+  TORCH_Q4_DEVICE Bytes fifth_bits(int index) const {
+    return expand_bits(*reinterpret_cast<const uint16_t*>(at_offset(chunk_with_lines<2>(index))));
+  }
+  TORCH_Q4_DEVICE Bytes digits(int index) const {
+    return expand_digits(*reinterpret_cast<const uint32_t*>(at_offset(chunk_with_lines<4>(index))));
+  }
+  template <int kIndex>
+  TORCH_Q4_DEVICE const uint8_t* small_chunk() const {
+    return at_offset(small_offset<kIndex>());
+  }
+  template <int kFirst>
   TORCH_Q4_DEVICE const uint8_t* place_of(int offset) const {
-    return group + (start + static_cast<uint32_t>(packed_place<Format, kFirst>(offset, row)));
+    return at_offset(offset_of<kFirst>(offset));
   }
 };
 

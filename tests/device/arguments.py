@@ -68,6 +68,7 @@ BLOCK_THREADS = CONSTANTS["kBlockThreads"]
 GROUP_ROWS = CONSTANTS["kGroupRows"]
 ROWS_X_ROWS = CONSTANTS["kRowsXRows"]
 TILES_X_ROWS = CONSTANTS["kTilesXRows"]
+PIPELINED_X_ROWS = CONSTANTS["kPipelinedXRows"]
 TRANSPOSED_ROWS = CONSTANTS["kTransposedRows"]
 PANEL_ELEMS = CONSTANTS["kPanelElems"]
 HOPPER_ROWS_X_ROWS = CONSTANTS["kHopperRowsXRows"]
@@ -87,6 +88,7 @@ ARRANGE_ROWS = CONSTANTS["kArrangeRows"]
 FLOAT32, FLOAT16, BFLOAT16 = (CONSTANTS[name] for name in ("kFloat32", "kFloat16", "kBFloat16"))
 
 LinearArgs = STRUCTS["LinearArgs"]
+PipelinedArgs = STRUCTS["PipelinedArgs"]
 HopperRowsArgs = STRUCTS["HopperRowsArgs"]
 HopperManyArgs = STRUCTS["HopperManyArgs"]
 ArrangeArgs = STRUCTS["ArrangeArgs"]
@@ -190,6 +192,25 @@ def hopper_many_count(a: Any, columns: int) -> int:
 
 def hopper_many_grid(a: Any, columns: int, multiprocessors: int) -> Grid:
     return 2 * min(hopper_many_count(a, columns), max(1, multiprocessors // 2)), 1
+
+
+def pipelined_groups(columns: int) -> int:
+    return 4 if columns > 16 else 2
+
+
+def pipelined_grid(a: Any, columns: int) -> Grid:
+    groups = (a.linear.row_end - a.linear.row_begin) // GROUP_ROWS
+    return ceil_div(groups, pipelined_groups(columns)) * a.splits, ceil_div(a.linear.m, columns)
+
+
+def arranged_lanes_bytes(m: int, k: int, columns: int, block_elems: int) -> int:
+    step = 4 * part_elems(block_elems)
+    return ceil_div(m, columns) * columns * ceil_div(k, step) * step * 2
+
+
+def arrange_lanes_grid(a: Any) -> Grid:
+    size = arranged_lanes_bytes(a.m, a.k, a.x_rows, a.block_elems)
+    return ceil_div(size // 16, BLOCK_THREADS), 1
 
 
 def arranged_bytes(m: int, k: int, columns: int) -> int:

@@ -50,6 +50,7 @@ def all_cases() -> Iterator[Case]:
     """Every kernel that kernels/arguments.h promises."""
     yield Case(COMMON, "quantize_activations", _quantize_activations)
     yield Case(COMMON, "sum_splits", _sum_splits)
+    yield Case(COMMON, "arrange_lanes", _arrange_lanes, optional=True)
     yield Case(COMMON, "arrange", _arrange, optional=True)
     for fmt in all_formats().values():
         yield from _format_cases(fmt)
@@ -73,7 +74,12 @@ def _format_cases(fmt: Format) -> Iterator[Case]:
         yield case(f"rows_int8_{columns}", _linear_int8, columns)
     for columns in args.TILES_X_ROWS:
         for dtype in FLOATS[1:]:
-            yield case(f"tiles_{dtype.name}_{columns}", _tiles, dtype, columns)
+            one = case(f"tiles_{dtype.name}_{columns}", _tiles, dtype, columns)
+            yield dataclasses.replace(one, optional=True)
+    for columns in args.PIPELINED_X_ROWS:
+        for dtype in FLOATS[1:]:
+            one = case(f"pipelined_{dtype.name}_{columns}", _pipelined, dtype, columns)
+            yield dataclasses.replace(one, optional=True)
     for columns in args.HOPPER_ROWS_X_ROWS:
         for dtype in FLOATS[1:]:
             one = case(f"hopper_rows_{dtype.name}_{columns}", _hopper_rows, dtype, columns)
@@ -347,6 +353,31 @@ def _launcher(session: Session, function: int, columns: int) -> Launch:
     return launch
 
 
+def _pipelined_launcher(
+    session: Session, function: int, fmt: Format, columns: int, splits: int
+) -> Launch:
+    def launch(a: args.LinearArgs) -> None:
+        sizes = a.m, a.k, columns, fmt.block_elems
+        arranged = session.output((args.arranged_lanes_bytes(*sizes) // 2,), np.uint16)
+        order = args.ArrangeArgs(
+            x=a.x, out=arranged.address, m=a.m, k=a.k, x_rows=columns, block_elems=fmt.block_elems
+        )
+        session.launch(
+            session.kernel(COMMON, "arrange_lanes"), args.arrange_lanes_grid(order), order
+        )
+        product = args.PipelinedArgs(linear=a, arranged=arranged.address, splits=splits)
+        product.linear.x = None  # so that reading it is a fault
+        shape = splits, a.m, a.row_end - a.row_begin
+        partial = session.output(shape, np.float32) if splits > 1 else None
+        product.partial = partial.address if partial else None
+        session.launch(function, args.pipelined_grid(product, columns), product)
+        arranged.read()  # looks at its guards
+        if partial is not None:
+            _add_up(session, a, partial, splits)
+
+    return launch
+
+
 def _hopper_rows_launcher(
     session: Session,
     function: int,
@@ -510,6 +541,24 @@ def _tiles(
 ) -> None:
     launch = _launcher(session, function, columns)
     _products(session, rng, _tile_shapes(fmt, size), fmt, dtype, launch)
+    _nan_row(session, rng, fmt, dtype, launch)
+    _one_hot_tiles(session, rng, fmt, dtype, columns, launch)
+
+
+def _pipelined(
+    session: Session,
+    function: int,
+    rng: np.random.Generator,
+    size: int,
+    fmt: Format,
+    dtype: Float,
+    columns: int,
+) -> None:
+    # More splits than K has steps for all waves of them, too.
+    for splits in (1, 2, 7):
+        launch = _pipelined_launcher(session, function, fmt, columns, splits)
+        _products(session, rng, _tile_shapes(fmt, size), fmt, dtype, launch)
+    launch = _pipelined_launcher(session, function, fmt, columns, 1)
     _nan_row(session, rng, fmt, dtype, launch)
     _one_hot_tiles(session, rng, fmt, dtype, columns, launch)
 
@@ -835,6 +884,37 @@ def _arrange(session: Session, function: int, rng: np.random.Generator, size: in
                 session.launch(function, args.arrange_grid(a), a)
                 where = f"columns={columns} block_elems={block_elems} m={m} k={k}"
                 session.check_bits(out.read(), wanted, where)
+                session.release()
+
+
+def _arrange_lanes(session: Session, function: int, rng: np.random.Generator, size: int) -> None:
+    """In which order differs between architectures: the products are wrong where it is not theirs.
+
+    Here every 8 elements of x must be somewhere, once, and zeros or nothing must be elsewhere.
+    """
+    for columns in args.PIPELINED_X_ROWS:
+        for block_elems in (32, 64, 128, 256):
+            for m, blocks in ((1, 1), (7, 9), (columns, 41 * size), (2 * columns + 17, 5)):
+                k = blocks * block_elems
+                x = rng.integers(1, 1 << 15, (m, k), dtype=np.uint16)
+                shape = (args.arranged_lanes_bytes(m, k, columns, block_elems) // 16, 8)
+                out = session.output(shape, np.uint16)
+                a = args.ArrangeArgs(
+                    x=session.upload(x), out=out.address, m=m, k=k, x_rows=columns,
+                    block_elems=block_elems,
+                )  # fmt: skip
+                session.launch(function, args.arrange_lanes_grid(a), a)
+                got = out.read()
+                zeros = ~got.any(axis=1)
+                unwritten = (got == 0xFFFF).all(axis=1)
+                found, wanted = got[~zeros & ~unwritten], x.reshape(-1, 8)
+                where = f"columns={columns} block_elems={block_elems} m={m} k={k}"
+                if len(found) != len(wanted):
+                    raise MismatchError(
+                        f"{where}: {len(found)} of 8 elements each, wanted {len(wanted)}"
+                    )
+                order, wanted_order = (np.lexsort(each.T) for each in (found, wanted))
+                session.check_bits(found[order], wanted[wanted_order], where)
                 session.release()
 
 

@@ -87,7 +87,9 @@ def main() -> int:
     try:
         driver = compile_driver(folder)
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda name: compile_kernels(name, options.arch, folder, root), wanted))
+            # A format's products use those of none, too.
+            compiled = dict.fromkeys([COMMON, *wanted])
+            list(pool.map(lambda name: compile_kernels(name, options.arch, folder, root), compiled))
     except (subprocess.CalledProcessError, OSError, IndexError) as error:
         print(f"emulate: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Runs the GPU kernels without torch, through the driver alone, and compares them with numpy.
 
     python tests/device/run.py --driver libcuda.so.1 --kernels torch_q4/kernels
-    python tests/device/run.py --format q4_k --kernel 'tiles_*'
+    python tests/device/run.py --format q4_k --kernel 'pipelined_*'
 
 Prints a line for each kernel: the largest error as a part of what is allowed, and for a kernel that
 is wrong the first place where it is. Those of kernels/linear/hopper_*.h are skipped where the

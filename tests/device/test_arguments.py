@@ -21,6 +21,8 @@ GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[tuple[int, ...], ...]], ..
     ("embedding_grid", args.EmbeddingArgs, ((32,), (256,))),
     ("reference_grid", args.LinearArgs, ((),)),
     ("rows_grid", args.LinearArgs, ((1,), (8,), (16,), (64,))),
+    ("pipelined_grid", args.PipelinedArgs, ((16,), (64,), (128,))),
+    ("arrange_lanes_grid", args.ArrangeArgs, ((),)),
     ("transposed_grid", args.TransposedArgs, ((),)),
     ("hopper_rows_grid", args.HopperRowsArgs, ((8,), (128,))),
     ("hopper_many_grid", args.HopperManyArgs, ((128, 1), (128, 7), (256, 2), (256, 132))),
@@ -32,10 +34,12 @@ GRIDS: tuple[tuple[str, type[ctypes.Structure], tuple[tuple[int, ...], ...]], ..
 )
 # Small ones, odd ones, and ones whose products do not fit 32 bits.
 NUMBERS = (
-    {"m": 1, "n": 37, "k": 256, "row_begin": 16, "row_end": 37, "count": 512, "groups": 2},
-    {"m": 70, "n": 4097, "k": 1280, "row_begin": 0, "row_end": 4097, "count": 9728, "groups": 3},
+    {"m": 1, "n": 37, "k": 256, "row_begin": 16, "row_end": 37, "count": 512, "groups": 2,
+     "x_rows": 16, "block_elems": 256},
+    {"m": 70, "n": 4097, "k": 1280, "row_begin": 0, "row_end": 4097, "count": 9728, "groups": 3,
+     "x_rows": 64, "block_elems": 32},
     {"m": 4097, "n": 1 << 20, "k": 14336, "row_begin": 32, "row_end": 1 << 20, "count": 1 << 30,
-     "groups": 65536},
+     "groups": 65536, "x_rows": 128, "block_elems": 64},
 )  # fmt: skip
 
 

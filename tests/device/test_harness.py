@@ -277,6 +277,39 @@ def fake_arrange(fmt_name: str, name: str, a: Any) -> None:
         block[:, : len(some)] = some[:, elements].transpose(0, 1)
 
 
+def arranged_lanes_at(address: int, m: int, k: int, columns: int) -> Tensor:
+    """As for a lane that has all of K: (columns / C, k / 8, C, 8)."""
+    blocks = args.ceil_div(m, columns)
+    return tensor_at(address, (blocks, k // 8, columns, 8), torch.int16)
+
+
+def part_elements(k: int, block_elems: int) -> Tensor:
+    """Elements of K in the order of parts and their segments (part_segment of read/weights.h)."""
+    order = torch.arange(k).view(-1, block_elems // 16, 16)
+    if block_elems > args.part_elems(block_elems):
+        halves = order.view(len(order), -1, 4, 2, 16)  # of 128 elements, the even and odd segments
+        order = halves.transpose(2, 3)
+    return order.flatten()
+
+
+def fake_arrange_lanes(fmt_name: str, name: str, a: Any) -> None:
+    rows = args.ceil_div(a.m, a.x_rows) * a.x_rows
+    x = torch.zeros(rows, a.k, dtype=torch.int16)
+    x[: a.m] = tensor_at(a.x, (a.m, a.k), torch.int16)
+    x = x[:, part_elements(a.k, a.block_elems)]
+    out = arranged_lanes_at(a.out, a.m, a.k, a.x_rows)
+    out.copy_(x.view(-1, a.x_rows, a.k // 8, 8).transpose(1, 2))
+
+
+def fake_pipelined(fmt_name: str, name: str, a: Any) -> None:
+    product, dtype = a.linear, DTYPES[a.linear.dtype]
+    block_elems, columns = formats.get(fmt_name).block_elems, int(name.split("_")[-1])
+    arranged = arranged_lanes_at(a.arranged, product.m, product.k, columns)
+    x = torch.empty(len(arranged) * columns, product.k, dtype=torch.int16)
+    x[:, part_elements(product.k, block_elems)] = arranged.transpose(1, 2).reshape(x.shape)
+    finish_product(fmt_name, a, x[: product.m].view(dtype).double(), 32)
+
+
 def fake_hopper_many(fmt_name: str, name: str, a: Any) -> None:
     """Puts x in order again, with what the last unit holds past K, which is multiplied by zero."""
     product, dtype = a.linear, DTYPES[a.linear.dtype]
@@ -288,6 +321,12 @@ def fake_hopper_many(fmt_name: str, name: str, a: Any) -> None:
         some[:, elements.flatten()] = block[:, : len(some)].transpose(0, 1).flatten(1)
     unit = args.hopper_many_unit(block_elems)
     x = x[:, : args.ceil_div(product.k, unit) * unit].view(dtype).double()
+    finish_product(fmt_name, a, x, unit)
+
+
+def finish_product(fmt_name: str, a: Any, x: Tensor, unit: int) -> None:
+    """Each split's sums, or the product itself where there is one split."""
+    product, dtype = a.linear, DTYPES[a.linear.dtype]
     if a.splits > 1:
         return split_product(fmt_name, a, x, unit)
     sums = torch.empty(1, product.m, product.row_end - product.row_begin)
@@ -335,6 +374,8 @@ FAKES: dict[str, Callable[[str, str, Any], None]] = {
     "quantize": fake_quantize,
     "quantize_activations": fake_activations,
     "sum_splits": fake_sum,
+    "pipelined_*": fake_pipelined,
+    "arrange_lanes": fake_arrange_lanes,
     "hopper_rows_*": fake_hopper_rows,
     "arrange": fake_arrange,
     "hopper_many_*": fake_hopper_many,
@@ -414,6 +455,9 @@ MISTAKES: list[tuple[str, Callable[[str, Any], bool], str]] = [
     ("rows_int8_1", write_before, "wrote 3 bytes before the output"),
     ("tiles_bf16_16", swap_rows, "of 16 are wrong"),
     ("tiles_f16_64", other_bias, "bias=True: row, column"),
+    ("pipelined_bf16_16", swap_rows, "row, column"),
+    ("pipelined_f16_64", other_bias, "bias=True: row, column"),
+    ("pipelined_f16_128", one_split_less, "got nan"),
     ("hopper_rows_bf16_16", swap_rows, "of 32 are wrong"),
     ("hopper_rows_f16_64", other_bias, "bias=True: row, column"),
     ("hopper_rows_f16_8", one_split_less, "got"),
@@ -497,7 +541,10 @@ def test_mistakes_of_arrange_are_seen(
     assert words in result.failure
 
 
-ONE_HOT_KERNELS = ["tiles_f16_16", "tiles_bf16_64", "hopper_rows_f16_32", "hopper_many_bf16_128"]
+ONE_HOT_KERNELS = [
+    "tiles_f16_16", "tiles_bf16_64", "pipelined_f16_16", "pipelined_bf16_128",
+    "hopper_rows_f16_32", "hopper_many_bf16_128",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel", ONE_HOT_KERNELS)
@@ -531,10 +578,10 @@ def test_kernels_that_the_device_lacks_are_skipped(tmp_path: Path) -> None:
     results = list(run.run_all(session, run.select([], ["arrange", "hopper_many_f16_128"]), 1, 0))
     assert results[0].skipped
     assert {result.failure for result in results[1:]} == {"arrange: must be there, got none"}
-    session = fake_session(tmp_path, without="tiles_*")
-    (result,) = run.run_all(session, run.select(["q4_0"], ["tiles_f16_16"]), 1, 0)
+    session = fake_session(tmp_path, without="rows_*")
+    (result,) = run.run_all(session, run.select(["q4_0"], ["rows_f16_1"]), 1, 0)
     assert (result.skipped, result.failure) == (
-        False, "tiles_f16_16: must be there, got none")  # fmt: skip
+        False, "rows_f16_1: must be there, got none")  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Weights to test with, in every format, and what numpy knows of the formats and the layout.
 
 There is no decoder here: blocks are those of the golden vectors, whose values ggml itself computed,
-shuffled to the shape that is wanted. How a block is cut up for packing is read from the formats'
-own headers.
+shuffled to the shape that is wanted. Of a format that ggml lacks, the reference of
+torch_q4/formats.py computes them, which wants torch. How a block is cut up for packing is read from
+the formats' own headers.
 """
 
 from __future__ import annotations
@@ -181,6 +182,23 @@ def _widened(kinds: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([scales.view(np.uint8), nibbles], axis=1), values
 
 
+def _by_reference(name: str, tame: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of a format without golden vectors, random ones or a quantiser's."""
+    import torch
+
+    import torch_q4
+
+    fmt = torch_q4.formats.get(name)
+    generator = torch.Generator().manual_seed(0)
+    if tame and fmt.quantizes:
+        w = torch.randn(256, 4 * fmt.block_elems, generator=generator)
+        blocks = torch_q4.quantize(w, fmt).reshape(-1, fmt.block_bytes)
+    else:
+        shape = (1 << 14, fmt.block_bytes)
+        blocks = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    return blocks.numpy(), fmt.reference(blocks).numpy()
+
+
 @functools.cache
 def known_blocks(name: str, *, tame: bool) -> tuple[np.ndarray, np.ndarray]:
     """Blocks and their float32 values.
@@ -191,7 +209,12 @@ def known_blocks(name: str, *, tame: bool) -> tuple[np.ndarray, np.ndarray]:
             whose values may be huge, NaN or infinite.
     """
     kinds = ("", "imatrix_") if tame else ("", "imatrix_", "raw_")
-    blocks, values = _widened(kinds) if name == "q4_0_f32" else _golden_blocks(name, kinds)
+    if name == "q4_0_f32":
+        blocks, values = _widened(kinds)
+    elif f"{name}_blocks" in golden() or f"{name}_raw_blocks" in golden():
+        blocks, values = _golden_blocks(name, kinds)
+    else:
+        blocks, values = _by_reference(name, tame)
     if tame:
         largest = np.abs(values).max(axis=1)
         keep = (largest > 1e-2) & (largest < 20)

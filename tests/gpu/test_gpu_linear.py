@@ -30,7 +30,10 @@ from torch_q4 import formats
 pytestmark = pytest.mark.gpu
 
 ROWS = (0, 1, 2, 3, 5, 8, 9, 16, 17, 64, 129, 512)
-KERNELS = ("reference", "rows", "tiles_16", "tiles_64", "hopper_rows", "hopper_many", "blas")
+KERNELS = (
+    "reference", "rows", "tiles_16", "tiles_64", "pipelined_16", "pipelined_64", "pipelined_128",
+    "hopper_rows", "hopper_many", "blas",
+)  # fmt: skip
 
 
 def kernels_here(dtype: torch.dtype, packed: bool) -> list[str]:
@@ -207,6 +210,7 @@ def test_internal_operator_refuses() -> None:
     [
         ("rows", 65535 * 8 + 100),
         ("tiles_16", 65535 * 16 + 100),
+        ("pipelined_16", 65535 * 16 + 100),
         ("hopper_rows", 65535 * 128 + 100),
         ("hopper_many", (256 << 20) // 512 + 300),  # of which it arranges so many at a time
         ("reference", 65536 * 9),
@@ -374,7 +378,7 @@ def test_more_than_2_to_31_bytes_and_elements() -> None:
             )
             if large != "blas":  # torch's product may add up in another order at another place
                 assert torch.equal(y, y[:, :1].expand_as(y))
-            if small == large and small in ("rows", "tiles_16"):
+            if small == large and small in ("rows", "tiles_16", "pipelined_16"):
                 assert torch.equal(y, same)
             else:  # these may add up in another order for another size
                 torch.testing.assert_close(y, same, rtol=2 * EPS[torch.float16], atol=0.05)

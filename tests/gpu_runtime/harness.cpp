@@ -237,7 +237,7 @@ const char* name_of_choice(int kernel) {
 }
 
 // One thread sets plans while others choose by them; returns how many choices were neither the
-// table's nor a plan's. Plan i of 1000 is of n = i % 50 + 1 and says tiles_64 or blas.
+// table's nor a plan's. Plan i of 1000 is of n = i % 50 + 1 and says reference or blas.
 int choose_while_setting(int threads) {
   std::atomic<bool> done{false};
   std::atomic<int> wrong{0};
@@ -249,7 +249,7 @@ int choose_while_setting(int threads) {
           const LinearCase c = {kFloat16, false,           true, 4,        n,
                                 4096,     Family::kNvidia, 32,   kQ4Bytes, 132};
           const LinearKernel kernel = planned_linear(0, 0, c);
-          const bool planned = kernel == LinearKernel::kTiles64 || kernel == LinearKernel::kBlas;
+          const bool planned = kernel == LinearKernel::kReference || kernel == LinearKernel::kBlas;
           if (kernel != choose_linear(c) && !(planned && n <= 50)) ++wrong;
         }
       }
@@ -257,7 +257,7 @@ int choose_while_setting(int threads) {
   }
   for (int i = 0; i < 1000; ++i) {
     const PlanKey key = {0, kFloat16, true, i % 50 + 1, 4096};
-    set_linear_plan("set", 0, key, i % 3 ? "8 tiles_64\n" : "8 blas\n");
+    set_linear_plan("set", 0, key, i % 3 ? "8 reference\n" : "8 blas\n");
   }
   done = true;
   for (std::thread& thread : all) thread.join();
