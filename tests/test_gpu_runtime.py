@@ -149,6 +149,7 @@ def open_runtime(folder: Path) -> Any:
     library.planned.argtypes = [*[ctypes.c_int] * 5, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     library.set_loader.argtypes = [Loader]
     library.splits.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int]
+    library.splits_of_pipelined.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_int] * 2
     return library
 
 
@@ -805,6 +806,30 @@ def hopper_rows_plan(
         m, n, k, fmt.block_elems, fmt.block_bytes, multiprocessors, shared_bytes, found
     )
     return HopperRowsPlan(*found)
+
+
+def test_pipelined_splits(hip) -> None:
+    """The device is filled, and no block has less of K than its waves can share out."""
+    splits = hip.library.splits_of_pipelined
+    assert splits(16, 14336, 4096, 16, 304) == 2, "448 blocks for 304 multiprocessors"
+    assert splits(16, 4096, 4096, 16, 304) == 7, "128 blocks"
+    assert splits(16, 1024, 4096, 16, 304) == 8, "32 blocks, and 512 of K each"
+    assert splits(128, 4096, 14336, 128, 304) == 14
+    assert splits(64, 1024, 14336, 64, 304) == 16, "no more than 16"
+    assert splits(256, 14336, 4096, 128, 96) == 1, "448 blocks for 96"
+    assert splits(16, 4096, 256, 16, 304) == splits(16, 5, 4096, 16, 304) == 1
+    for m in (1, 17, 128, 1000):
+        for n in (5, 16, 1000, 128256):
+            for k in (32, 1000, 4096, 14336):
+                for x_rows in (16, 64, 128):
+                    for multiprocessors in (1, 48, 304):
+                        found = splits(m, n, k, x_rows, multiprocessors)
+                        what = (m, n, k, x_rows, multiprocessors, found)
+                        assert 1 <= found <= 16, what
+                        assert found == 1 or k // found >= 512, what
+                        rows = 64 if x_rows > 16 else 32
+                        blocks = -(-(n // 16 * 16) // rows) * -(-m // x_rows)
+                        assert found == 1 or blocks * found <= 3 * multiprocessors, what
 
 
 @pytest.mark.parametrize("shared_bytes", [SHARED_BYTES, 101376])

@@ -264,6 +264,10 @@ int choose_while_setting(int threads) {
   return wrong;
 }
 
+int splits_of_pipelined(int64_t m, int64_t n, int64_t k, int x_rows, int multiprocessors) {
+  return pipelined_splits(m, n, k, x_rows, multiprocessors);
+}
+
 int splits(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   return transposed_splits(m, n, k, multiprocessors);
 }
