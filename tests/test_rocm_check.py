@@ -229,7 +229,7 @@ PLANTED = [
     ("pipelined_bf16_16", "gfx1201", {"wmma": 0}),
     ("pipelined_f16_16", "gfx906", {"dot2_f16": 0}),
     ("pipelined_f16_64", "gfx1030", {"dot2_f16": 0}),
-    ("pipelined_f16_64", "gfx942", {"loop": "s_waitcnt vmcnt(1)"}),
+    ("pipelined_f16_64", "gfx942", {"loop": "s_waitcnt vmcnt(0)"}),
 ]
 
 
@@ -276,7 +276,7 @@ def test_a_grid_is_waited_for() -> None:
     assert rocm_check.violations(kernel("pipelined_f16_16", unit="IQ3_S", loop=turn)) == []
     for unit in ("IQ4_XS", "Q4_K", "MXFP4"):
         (text,) = rocm_check.violations(kernel("pipelined_f16_16", unit=unit, loop=turn))
-        assert "in_flight must be at least 2, got 0" in text
+        assert "in_flight must be at least 1, got 0" in text
 
 
 def test_idle_rules() -> None:

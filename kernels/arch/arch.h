@@ -47,7 +47,8 @@ TORCH_Q4_HOST_DEVICE inline float half_to_float(uint16_t half);
 // float32 to IEEE binary16 bits, rounding to nearest even, overflowing to infinity.
 TORCH_Q4_HOST_DEVICE inline uint16_t float_to_half(float value);
 
-// a or b. AMD's compiler would branch, and keep two versions of what follows.
+// a or b. AMD's compiler would branch, and keep two versions of what follows; of two words in
+// memory it would choose the address.
 TORCH_Q4_HOST_DEVICE inline uint32_t choose_word(bool first, uint32_t a, uint32_t b);
 
 // Byte i is 16 where bit i of four bits is set, else 0: the factor puts copies of the four at bits

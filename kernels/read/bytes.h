@@ -101,9 +101,9 @@ TORCH_Q4_DEVICE Bytes look_up(const Fields& fields, const Codebook& table) {
 // 16 codes of two bits, from word `quarter` of the four: those of each byte follow each other, the
 // lowest first.
 TORCH_Q4_DEVICE Bytes spread(const Bytes& a, int quarter) {
-  const uint32_t low = quarter % 2 == 0 ? a.w[0] : a.w[1];
-  const uint32_t high = quarter % 2 == 0 ? a.w[2] : a.w[3];
-  const uint32_t word = quarter < 2 ? low : high;
+  const uint32_t low = choose_word(quarter % 2 == 0, a.w[0], a.w[1]);
+  const uint32_t high = choose_word(quarter % 2 == 0, a.w[2], a.w[3]);
+  const uint32_t word = choose_word(quarter < 2, low, high);
   return Bytes::map([&](int i) { return spread_byte(word >> 8 * i & 0xFFu); });
 }
 TORCH_Q4_DEVICE Bytes spread(const Fields& a, int quarter) { return spread(a.codes(), quarter); }
@@ -125,8 +125,8 @@ TORCH_Q4_DEVICE Bytes interleave(const Bytes& low, const Bytes& high, int half) 
   Bytes out;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t a = half == 0 ? low.w[i] : low.w[i + 2];
-    const uint32_t b = half == 0 ? high.w[i] : high.w[i + 2];
+    const uint32_t a = choose_word(half == 0, low.w[i], low.w[i + 2]);
+    const uint32_t b = choose_word(half == 0, high.w[i], high.w[i + 2]);
     out.w[2 * i] = select_bytes<0, 4, 1, 5>(a, b);
     out.w[2 * i + 1] = select_bytes<2, 6, 3, 7>(a, b);
   }
