@@ -71,11 +71,12 @@ rocm-check: ## compile the kernels for every AMD GPU and check the code; needs r
 	$(PYTHON) ci/rocm_check.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS) $(ROCM_CHECK)
 
 # The sources of the GPU kernels as C++ for this CPU; the compiler is that of HIP's root.
+EMULATE ?=
 .PHONY: emulate
 emulate: $(VENV)/ready ## run the GPU kernels on this CPU; needs root for HIP's compiler, no GPU
 	@echo "==> emulate: tests/device/emulate.py"
 	ci/hip_root.sh $(HIP_ROOT)
-	$(BIN)/python tests/device/emulate.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS)
+	$(BIN)/python tests/device/emulate.py --hip-root $(HIP_ROOT) --jobs $(MAX_JOBS) $(EMULATE)
 
 .PHONY: fuzz
 fuzz: build ## run the long forms of the fuzzers; takes an hour on two cores
