@@ -39,8 +39,9 @@ ARCHS = (
     "gfx1100", "gfx1101", "gfx1102", "gfx1151", "gfx1200", "gfx1201",
 )  # fmt: skip
 
-# With --thin all architectures meet a simple format; the others meet one each, by turns.
-THIN_UNITS = ("Q4_0", "common")
+# With --thin all architectures meet a simple format and one that needs many registers; the other
+# formats meet one architecture each, by turns.
+THIN_UNITS = ("Q4_0", "Q3_K", "common")
 
 # The same optimisation and arithmetic as the build: what is checked must be what ships.
 FLAGS = (

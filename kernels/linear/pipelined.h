@@ -394,7 +394,7 @@ TORCH_Q4_DEVICE void linear_pipelined(const gpu::PipelinedArgs& args) {
 
 // x in the order in which linear_pipelined reads it, 16 bytes at a time:
 //
-//     [block of x_rows rows][step][piece][tile of 16 rows][8 elements of a piece][k_lane][row]
+//     [block of rows][step][elements of one multiply][tile of 16 rows][8 of them][k_lane][row]
 //
 // with zeros for rows and elements that are not there. A thread moves 8 elements.
 TORCH_Q4_DEVICE void arrange_lanes(const gpu::ArrangeArgs& a) {

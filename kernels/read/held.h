@@ -23,8 +23,9 @@ TORCH_Q4_DEVICE void each_below(const Use& use) {
 // Bytes as they lie in memory: whoever computes with them has to wait for them. The compiler keeps
 // no more of them in registers than there are.
 struct HeldPart {
-  Bytes lines[16];
-  uint32_t words[40];
+  static constexpr int kMostLines = 16, kMostWords = 40;
+  Bytes lines[kMostLines];
+  uint32_t words[kMostWords];
 };
 
 template <class Format, bool kLoads>
@@ -39,6 +40,7 @@ struct HeldRow {
   Cursor& cursor;
 
   TORCH_Q4_DEVICE Bytes line(int index) const {
+    if (cursor.lines >= HeldPart::kMostLines) stop_with_error();  // known when this is compiled
     Bytes& line = held.lines[cursor.lines++];
     if constexpr (kLoads) line = row.line(index);
     return line;
@@ -88,6 +90,7 @@ struct HeldRow {
   // kBytes bytes, at a multiple of as many.
   template <int kBytes>
   TORCH_Q4_DEVICE uint32_t take(typename PackedRow<Format>::Offset offset) const {
+    if (cursor.words >= HeldPart::kMostWords) stop_with_error();
     uint32_t& word = held.words[cursor.words++];
     if constexpr (kBytes == 4 || kLoadsFillRegisters) {
       if constexpr (kLoads) {
